@@ -1,0 +1,24 @@
+"""Object detection on Diffusion Transformers (DiT, Peebles & Xie), in the shape of a transformers model."""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
+
+from .model.configuration_dit_detection import DiTDetectionConfig
+from .model.image_processing_dit_detection import DiTDetectionImageProcessor
+from .model.modeling_dit_detection import (
+    DiTDetectionModel,
+    DiTForObjectDetection,
+    DiTObjectDetectionOutput,
+)
+
+AutoConfig.register("dit_detection", DiTDetectionConfig, exist_ok=True)
+AutoModel.register(DiTDetectionConfig, DiTDetectionModel, exist_ok=True)
+AutoModelForObjectDetection.register(DiTDetectionConfig, DiTForObjectDetection, exist_ok=True)
+AutoImageProcessor.register(
+    DiTDetectionConfig, image_processor_classes={"torchvision": DiTDetectionImageProcessor}, exist_ok=True
+)
+
+# What makes `save_pretrained` and `push_to_hub` copy the code of `model/` beside the weights.
+DiTDetectionConfig.register_for_auto_class()
+DiTDetectionModel.register_for_auto_class("AutoModel")
+DiTForObjectDetection.register_for_auto_class("AutoModelForObjectDetection")
+DiTDetectionImageProcessor.register_for_auto_class("AutoImageProcessor")

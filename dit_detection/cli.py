@@ -1,0 +1,31 @@
+"""The console command `dit-detect`; `scripts/` runs the same code."""
+
+import sys
+
+from .commands import convert, evaluate, predict, train
+
+COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "convert": convert}
+
+USAGE = """usage: dit-detect COMMAND [OPTIONS]
+
+Object detection on Diffusion Transformers (DiT).
+
+  train      annotated images → a trained detector, its mAP and pictures of what it sees
+  evaluate   a detector on annotated images → COCO metrics
+  predict    a detector on images → boxes as JSON, and pictures
+  convert    a DiT checkpoint of diffusers → a detector whose head is yet to be trained
+
+`dit-detect COMMAND --help` lists the options of a command.
+"""
+
+
+def main() -> None:
+    """Run the command that the first argument names."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(USAGE)
+        return
+    if arguments[0] not in COMMANDS:
+        sys.stderr.write(f"dit-detect: there is no command {arguments[0]!r}.\n\n{USAGE}")
+        sys.exit(2)
+    COMMANDS[arguments[0]].main(arguments[1:])

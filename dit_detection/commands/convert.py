@@ -1,0 +1,49 @@
+"""A DiT checkpoint of diffusers → a detector whose neck and head are yet to be trained."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
+from ..model.modeling_dit_detection import DiTForObjectDetection
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the job: writes the detector and tells what became of the weights."""
+    parser = argparse.ArgumentParser(prog="dit-detect convert", description=__doc__)
+    parser.add_argument(
+        "source", help="Hub id or folder: a DiT pipeline (facebook/DiT-XL-2-256) or a bare transformer"
+    )
+    parser.add_argument("output_dir", help="folder of the detector")
+    parser.add_argument("--vae", default="auto", help="'auto', Hub id or folder of the autoencoder, or 'none'")
+    parser.add_argument("--timestep", type=int, default=50, help="diffusion timestep, 0 to 999")
+    parser.add_argument("--condition", type=int, help="class to condition on; default: none")
+    parser.add_argument("--labels", nargs="+", help="names of the classes to detect")
+    parser.add_argument("--image_size", type=int, default=512, help="side of the square canvas, in pixels")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: that of the source")
+    parser.add_argument("--config_overrides", type=json.loads, default={}, help="more of DiTDetectionConfig, as JSON")
+    args = parser.parse_args(argv)
+
+    model = DiTForObjectDetection.from_diffusers(
+        args.source,
+        vae=None if args.vae == "none" else args.vae,
+        timestep=args.timestep,
+        condition=args.condition,
+        id2label=dict(enumerate(args.labels)) if args.labels else None,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        **args.config_overrides,
+    )
+    model.save_pretrained(args.output_dir)
+    DiTDetectionImageProcessor(size=args.image_size).save_pretrained(args.output_dir)
+    parts = {"latent encoder": model.model.latent_encoder, "backbone": model.model.backbone}
+    parts |= {"neck": model.neck, "head": model.head}
+    for name, part in parts.items():
+        if part is not None:
+            print(f"{name:>15}: {sum(parameter.numel() for parameter in part.parameters()) / 1e6:8.2f} M parameters")
+    print(
+        f"Blocks {model.config.out_indices} are tapped, folded at timestep {args.timestep}; deeper ones are left out. "
+        f"Neck and head are random: train them with `dit-detect train --model {Path(args.output_dir)} --dataset …`."
+    )

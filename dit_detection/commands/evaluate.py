@@ -1,0 +1,52 @@
+"""A detector on annotated images → COCO metrics."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+from ..data import DetectionTransform, id2label_of, load_detection_dataset
+from ..trainer import DetectionTrainer, DetectionTrainingArguments
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Run the job; returns the metrics."""
+    parser = argparse.ArgumentParser(prog="dit-detect evaluate", description=__doc__)
+    parser.add_argument("checkpoint", help="detector: folder or Hub id")
+    parser.add_argument("--dataset", required=True, help="annotated images, in any form that `dit-detect train` reads")
+    parser.add_argument("--split", default="test", help="train, validation or test")
+    parser.add_argument(
+        "--on_invalid", default="error", choices=["error", "drop", "clip"], help="see `dit-detect train`"
+    )
+    parser.add_argument("--batch_size", type=int, default=8, help="images at a time, on each device")
+    parser.add_argument("--output", help="JSON file for the metrics")
+    args = parser.parse_args(argv)
+
+    dataset = load_detection_dataset(args.dataset, on_invalid=args.on_invalid)
+    if args.split not in dataset:
+        parser.error(f"--split {args.split}: {args.dataset} has {', '.join(dataset)}.")
+    model = AutoModelForObjectDetection.from_pretrained(args.checkpoint)
+    names, known = list(id2label_of(dataset).values()), list(model.config.id2label.values())
+    if names != known:
+        parser.error(f"the classes of {args.dataset} are {names}, those of {args.checkpoint} are {known}.")
+    image_processor = AutoImageProcessor.from_pretrained(args.checkpoint)
+    trainer = DetectionTrainer(
+        model,
+        DetectionTrainingArguments(
+            eval_strategy="no",
+            save_strategy="no",
+            load_best_model_at_end=False,
+            per_device_eval_batch_size=args.batch_size,
+            use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+        ),
+        processing_class=image_processor,
+        eval_dataset=DetectionTransform(image_processor).attach(dataset[args.split]),
+    )
+    metrics = trainer.evaluate(metric_key_prefix=args.split)
+    trainer.log_metrics(args.split, metrics)
+    if args.output and trainer.is_world_process_zero():
+        Path(args.output).write_text(json.dumps(metrics, indent=1))
+    return metrics

@@ -1,0 +1,131 @@
+"""One split on its way from an annotation format to a data set: a table of images and a flat table of objects."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, DatasetInfo, Features, NamedSplit, concatenate_datasets
+from datasets.table import InMemoryTable
+
+from .problems import ProblemLog
+from .row_format import OBJECT_FIELDS, detection_features
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value of a JSON file is an integer that fits into 64 bits."""
+    return type(value) is int and abs(value) < 2**63
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a number, finite or not."""
+    return type(value) is float or is_integer(value)
+
+
+class Annotations:
+    """
+    Images and objects of one split: a reader adds them, `checks.py` finds the invalid ones, `to_dataset` takes the
+    rest.
+
+    Args:
+        source (`str`): The file, or data set and split, that messages name.
+        problems (`ProblemLog`): Where invalid entries are reported.
+    """
+
+    def __init__(self, source: str, problems: ProblemLog) -> None:
+        self.source = source
+        self.problems = problems
+        self.image_ids: list[int] = []
+        self.image_names: list[str] = []
+        self.widths: list[int] = []  # 0 where the annotations do not say
+        self.heights: list[int] = []
+        self.keep_image: list[bool] = []
+        self.rows: list[int] = []  # of the object's image
+        self.object_ids: list[int] = []
+        self.boxes: list[Sequence[float]] = []  # xywh, original pixels
+        self.labels: list[int] = []
+        self.areas: list[float] = []
+        self.iscrowd: list[int] = []
+
+    def add_image(self, image_id: int, name: str, width: int | None, height: int | None) -> None:
+        """Add an image; its row is the number of images before it."""
+        self.image_ids.append(image_id)
+        self.image_names.append(name)
+        self.widths.append(width or 0)
+        self.heights.append(height or 0)
+        self.keep_image.append(True)
+
+    def add_object(
+        self, row: int, object_id: int, bbox: Any, label: int, area: Any = None, iscrowd: Any = None
+    ) -> None:
+        """Add an object whose box is made of four numbers; report one whose is not."""
+        where = self.where(row, object_id)
+        if not (isinstance(bbox, list | tuple) and len(bbox) == 4 and all(map(is_number, bbox))):
+            self.problems.add("unusable object", where, f'field "bbox" is {bbox!r:.80}, not four numbers')
+        elif area is not None and not (is_number(area) and 0 <= area < float("inf")):
+            self.problems.add("unusable area", where, f'field "area" is {area!r:.80}')
+        elif iscrowd not in (None, 0, 1):
+            self.problems.add("unusable iscrowd", where, f'field "iscrowd" is {iscrowd!r:.80}')
+        else:
+            self.rows.append(row)
+            self.object_ids.append(object_id)
+            self.boxes.append(bbox)
+            self.labels.append(label)
+            self.areas.append(bbox[2] * bbox[3] if area is None else area)
+            self.iscrowd.append(int(iscrowd or 0))
+
+    def drop_image(self, row: int, kind: str, what: str) -> None:
+        """Report an image and mark it, so that it is left out with its objects."""
+        self.problems.add(kind, self.where(row), what)
+        self.keep_image[row] = False
+
+    def where(self, row: int, object_id: int | None = None) -> str:
+        """The words that name an image, or an object in it, in messages."""
+        image = f'image {self.image_ids[row]} ("{self.image_names[row]}")'
+        return f"{self.source}: {image}" if object_id is None else f"{self.source}: annotation {object_id} of {image}"
+
+    def object_columns(self) -> dict[str, np.ndarray]:
+        """All objects as arrays of M entries: "row", "bbox" `(M, 4)` and the other fields of the row format."""
+        return {
+            "row": np.array(self.rows, dtype=np.int64),
+            "id": np.array(self.object_ids, dtype=np.int64),
+            "bbox": np.array(self.boxes, dtype=np.float64).reshape(-1, 4),
+            "category": np.array(self.labels, dtype=np.int64),
+            "area": np.array(self.areas, dtype=np.float64),
+            "iscrowd": np.array(self.iscrowd, dtype=np.int64),
+        }
+
+    def to_dataset(
+        self, images: Dataset, objects: dict[str, np.ndarray], class_names: Sequence[str], split: str
+    ) -> Dataset:
+        """
+        The images that are kept, with these objects, in the row format (`row_format.py`).
+
+        Args:
+            images (`Dataset`): The column "image" with a row per image.
+            objects (`dict[str, np.ndarray]`): As of `object_columns`, without the invalid ones.
+            class_names (`Sequence[str]`): Names in the order of the labels.
+            split (`str`): Name of the split.
+        """
+        features = detection_features(class_names)
+        order = np.argsort(objects["row"], kind="stable")
+        counts = np.bincount(objects["row"], minlength=len(self.image_ids))
+        offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
+        values = {field: pa.array(objects[field][order]) for field in OBJECT_FIELDS if field != "bbox"}
+        values["bbox"] = pa.ListArray.from_arrays(
+            pa.array(np.arange(0, 4 * len(order) + 1, 4), pa.int32()), pa.array(objects["bbox"][order].ravel())
+        )
+        columns = {
+            "image_id": pa.array(self.image_ids, pa.int64()),
+            "width": pa.array(self.widths, pa.int64()),
+            "height": pa.array(self.heights, pa.int64()),
+            "objects": pa.StructArray.from_arrays(
+                [pa.ListArray.from_arrays(offsets, values[field]) for field in OBJECT_FIELDS], names=OBJECT_FIELDS
+            ),
+        }
+        info = DatasetInfo(features=Features({name: features[name] for name in columns}))
+        others = Dataset(InMemoryTable.from_pydict(columns), info=info)
+        dataset = concatenate_datasets([images, others], axis=1, split=NamedSplit(split))
+        if not all(self.keep_image):
+            dataset = dataset.select(np.flatnonzero(self.keep_image))
+        return dataset

@@ -1,0 +1,111 @@
+"""What can be wrong with images and boxes, whatever format they come from."""
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from datasets.utils import tqdm
+
+from .annotations import Annotations
+from .image_reading import DECODING_ERRORS, open_encoded, upright_size
+
+logger = logging.getLogger(__name__)
+
+MAX_OVERSHOOT = 1.0  # pixels a box may stick out of its image: annotation tools round
+MIN_SIDE = 1e-3  # pixels; in float32 a thinner box may have no area at all
+
+
+def check_images(annotations: Annotations, images: Iterable[dict[str, Any] | None], check_files: bool = True) -> None:
+    """
+    Compare each image's header with its annotated size, and fill in sizes that the annotations leave out.
+
+    Args:
+        annotations (`Annotations`): Images that cannot be used are marked in it.
+        images (`Iterable[dict]`): Encoded images in the order of the rows.
+        check_files (`bool`): Otherwise only images without an annotated size are opened.
+    """
+    num_stored_upright = 0
+    progress = tqdm(images, total=len(annotations.image_ids), desc=f"Checking {annotations.source}", leave=False)
+    for row, encoded in enumerate(progress):
+        width, height = annotations.widths[row], annotations.heights[row]
+        if not annotations.keep_image[row] or (width and height and not check_files):
+            continue
+        if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
+            annotations.drop_image(row, "missing image file", 'field "image" is empty')
+            continue
+        try:
+            with open_encoded(encoded) as image:
+                stored, upright = image.size, upright_size(image)
+        except (FileNotFoundError, NotADirectoryError):
+            annotations.drop_image(row, "missing image file", f"there is no file {encoded['path']}")
+            continue
+        except DECODING_ERRORS as error:
+            annotations.drop_image(row, "unreadable image", f"{encoded['path'] or 'image'} cannot be opened: {error}")
+            continue
+        if not (width and height):
+            annotations.widths[row], annotations.heights[row] = upright
+        elif (width, height) not in (stored, upright):
+            what = (
+                f'fields "width" and "height" are {width} x {height}, the file has {upright[0]} x {upright[1]} pixels'
+            )
+            annotations.drop_image(row, "image size differs from the annotation", what)
+        elif (width, height) != upright:
+            num_stored_upright += 1
+    if num_stored_upright:
+        logger.warning(
+            "%s: %d images are annotated as they are stored, without their EXIF orientation. "
+            "DetectionTransform.attach takes that into account; plain decoding by datasets does not.",
+            annotations.source,
+            num_stored_upright,
+        )
+
+
+def check_objects(annotations: Annotations) -> dict[str, np.ndarray]:
+    """
+    Report boxes that are not finite, empty or outside their image, and return the objects that stay.
+
+    A box that sticks out by no more than a pixel is cut to the image and counted in the log. With `on_invalid="clip"`
+    every box that overlaps its image is.
+
+    Args:
+        annotations (`Annotations`): Its images are checked already.
+
+    Returns:
+        `dict[str, np.ndarray]`: As of `Annotations.object_columns`; boxes lie inside their images.
+    """
+    objects = annotations.object_columns()
+    problems = annotations.problems
+    with_image = np.array(annotations.keep_image, dtype=bool)[objects["row"]]
+    if not with_image.all():
+        logger.warning("%s: %d objects belong to invalid images.", annotations.source, (~with_image).sum())
+    objects = {field: values[with_image] for field, values in objects.items()}
+
+    boxes = objects["bbox"]
+    finite = np.isfinite(boxes).all(axis=1)
+    empty = finite & (boxes[:, 2:] < MIN_SIDE).any(axis=1)
+    sizes = np.array([annotations.widths, annotations.heights], dtype=np.float64).T[objects["row"]]
+    corners = np.where(finite[:, None], np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1), 0)
+    clipped = np.clip(corners, 0, np.tile(sizes, 2))
+    overshoot = np.abs(corners - clipped).max(axis=1, initial=0)
+    sides = clipped[:, 2:] - clipped[:, :2]
+    nothing_left = (sides < MIN_SIDE).any(axis=1)
+    outside = finite & ~empty & ((overshoot > MAX_OVERSHOOT) | nothing_left)
+
+    kinds = {"non-finite box": ~finite, "empty box": empty, "box outside the image": outside}
+    for kind, found in kinds.items():
+        for index in np.flatnonzero(found):
+            width, height = sizes[index].astype(int)
+            where = annotations.where(int(objects["row"][index]), int(objects["id"][index]))
+            what = f'field "bbox" is {boxes[index].tolist()} in an image of {width} x {height} pixels'
+            problems.add(kind, where, what)
+
+    keep = finite & ~empty & ~(nothing_left if problems.on_invalid == "clip" else outside)
+    slightly = keep & (overshoot > 0) & ~outside
+    if slightly.any():
+        logger.warning("%s: %d boxes cut to their image by up to 1 pixel.", annotations.source, slightly.sum())
+    cut = keep & (overshoot > 0)
+    share = sides.prod(axis=1) / np.where(cut, boxes[:, 2:].prod(axis=1), 1)
+    objects["bbox"] = np.where(cut[:, None], np.concatenate([clipped[:, :2], sides], axis=1), boxes)
+    objects["area"] = np.where(cut, objects["area"] * share, objects["area"])
+    return {field: values[keep] for field, values in objects.items()}

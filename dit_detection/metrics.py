@@ -1,0 +1,307 @@
+"""
+COCO's mean average precision as an `evaluate.Metric`, with the numbers of pycocotools at a hundredth of its time.
+
+Shape letters: K detections of one image, M objects of one image, N images, C classes, T = 10 IoU thresholds, R = 101
+recall thresholds, A = 4 area ranges (all, small, medium, large), D limits on the detections per image and class.
+"""
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import evaluate
+import hotcoco
+import numpy as np
+import torch
+from datasets import Features, List, Value
+from numpy.typing import NDArray
+
+_OVERALL_KEYS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
+_AREAS = ("small", "medium", "large")
+
+_DESCRIPTION = """
+Mean average precision and recall of object detection by COCO's protocol: IoU thresholds 0.50:0.05:0.95, 101 recall
+points, sizes by the object's area in original pixels (small < 32², medium < 96², large above).
+"""
+
+_INPUTS = """
+Args:
+    predictions (`list[dict]`): One per image: `image_id`, `scores` (K,), `labels` (K,), `boxes` (K, 4), xyxy,
+        original pixels.
+    references (`list[dict]`): One per image, in the same order: `image_id`, `labels` (M,), `boxes` (M, 4), xyxy,
+        original pixels; optionally `area` (M,), square original pixels, and `iscrowd` (M,).
+
+Returns:
+    `dict[str, float]`: `map`, `map_50`, `map_75`, `map_small`, `map_medium`, `map_large`, `mar_1`, `mar_10`,
+    `mar_100`, `mar_small`, `mar_medium`, `mar_large`, a `map_<class name>` per class; -1 where nothing is to be found.
+"""
+
+_CITATION = """
+@inproceedings{lin2014coco,
+    title = {Microsoft {COCO}: Common Objects in Context},
+    author = {Tsung-Yi Lin and others},
+    booktitle = {European Conference on Computer Vision},
+    year = {2014},
+}
+"""
+
+
+class CocoMetric(evaluate.Metric):
+    """
+    COCO's detection metrics, collected with `add` or `add_batch` and reduced by `compute`, on one process or several.
+
+    Each call takes predictions and references of the same images in the same order, as numpy arrays, torch tensors or
+    lists; an image without detections or without objects gives empty ones. An image that arrives twice (distributed
+    samplers repeat images to fill the last batch) counts once, the first time. A missing `area` is the box's own, a
+    missing `iscrowd` is 0. With several processes, process 0 computes and `compute` gives `None` on the others; a
+    process without images must still call `add_batch` once, with empty lists, because evaluate waits for all of them.
+
+    Every class of `id2label` is reported as `map_<class name>`, with COCO's -1 for a class without objects, which no
+    mean includes. A class whose key is one of the metric's own (named "50" or "small", say) has its id appended:
+    `map_small_3`.
+
+    Args:
+        id2label (`dict[int, str]`, *optional*): Class names by label. Without it, the labels that occur are the
+            classes, named by their numbers.
+        max_detections (`Sequence[int]`, defaults to `(1, 10, 100)`): Best-scored detections that count per image and
+            class. Each limit k gives `mar_k`; all other keys use the largest.
+        kwargs: Arguments of `evaluate.Metric`: `num_process`, `process_id`, `experiment_id`, `keep_in_memory`,
+            `cache_dir`, `timeout`.
+
+    Raises:
+        ValueError: If two classes share a name, or a limit in `max_detections` is not a positive integer. From `add`
+            and `add_batch`: if an example is malformed. From `compute`: if one `image_id` came with different objects.
+    """
+
+    def __init__(
+        self,
+        id2label: Mapping[int, str] | None = None,
+        *,
+        max_detections: Sequence[int] = (1, 10, 100),
+        **kwargs: Any,
+    ) -> None:
+        self.max_detections = sorted({operator.index(limit) for limit in max_detections})
+        if not self.max_detections or self.max_detections[0] < 1:
+            raise ValueError(f"max_detections must be positive integers, at least one, got {tuple(max_detections)}.")
+        self.id2label = None if id2label is None else {int(label): name for label, name in id2label.items()}
+        if self.id2label is not None:
+            _class_keys(self.id2label)
+        super().__init__(**kwargs)
+
+    def _info(self) -> evaluate.MetricInfo:
+        objects = {
+            "image_id": Value("int64"),
+            "labels": List(Value("int64")),
+            "boxes": List(List(Value("float64"), length=4)),
+        }
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=Features(
+                {
+                    "predictions": {**objects, "scores": List(Value("float64"))},
+                    "references": {**objects, "area": List(Value("float64")), "iscrowd": List(Value("int64"))},
+                }
+            ),
+            reference_urls=["https://cocodataset.org/#detection-eval"],
+        )
+
+    def add(self, *, prediction: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
+        """Add the detections and the objects of one image."""
+        self.add_batch(predictions=[prediction], references=[reference])
+
+    def add_batch(
+        self, *, predictions: Sequence[Mapping[str, Any]] | None, references: Sequence[Mapping[str, Any]] | None
+    ) -> None:
+        """Add the detections and the objects of several images."""
+        # `compute` passes None for what it was not given.
+        if predictions is None or references is None:
+            raise ValueError("CocoMetric needs both the predictions and the references of the same images.")
+        if len(predictions) != len(references):
+            raise ValueError(
+                f"predictions and references must be of the same images, got {len(predictions)} and {len(references)}."
+            )
+        predictions = [self._checked_prediction(example) for example in predictions]
+        references = [self._checked_reference(example) for example in references]
+        for prediction, reference in zip(predictions, references, strict=True):
+            if prediction["image_id"] != reference["image_id"]:
+                raise ValueError(
+                    "predictions and references must be in the same order, got the prediction of image "
+                    f"{prediction['image_id']} with the reference of image {reference['image_id']}."
+                )
+        super().add_batch(predictions=predictions, references=references)
+
+    def _checked_prediction(self, example: Mapping[str, Any]) -> dict[str, Any]:
+        checked, where = self._checked_boxes(example, "prediction")
+        return checked | {"scores": _array(example, "scores", where, (len(checked["labels"]),))}
+
+    def _checked_reference(self, example: Mapping[str, Any]) -> dict[str, Any]:
+        checked, where = self._checked_boxes(example, "reference")
+        boxes = checked["boxes"]
+        areas, zeros = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1), np.zeros(len(boxes))
+        iscrowd = _array(example, "iscrowd", where, (len(boxes),), default=zeros).astype(np.int64)
+        return checked | {"area": _array(example, "area", where, (len(boxes),), default=areas), "iscrowd": iscrowd}
+
+    def _checked_boxes(self, example: Mapping[str, Any], role: str) -> tuple[dict[str, Any], str]:
+        image_id = _image_id(example, role)
+        where = f"the {role} of image {image_id}"
+        boxes = _array(example, "boxes", where, (None, 4))
+        inverted = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
+        if inverted.any():
+            raise ValueError(
+                f"boxes of {where} must be xyxy in original pixels, got {boxes[inverted][0].tolist()}. Is it xywh?"
+            )
+        labels = _array(example, "labels", where, (len(boxes),))
+        for label in np.unique(labels).tolist():
+            if label != int(label) or label < 0 or (self.id2label is not None and label not in self.id2label):
+                known = "whole numbers from 0" if self.id2label is None else f"in id2label, {self.id2label}"
+                raise ValueError(f"labels of {where} must be {known}, got {label:g}.")
+        return {"image_id": image_id, "labels": labels.astype(np.int64), "boxes": boxes}, where
+
+    def _compute(self, *, predictions: list[dict[str, Any]], references: list[dict[str, Any]]) -> dict[str, float]:
+        images: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+        for prediction, reference in zip(predictions, references, strict=True):
+            _, known = images.setdefault(reference["image_id"], (prediction, reference))
+            if known is not reference and not _same_objects(known, reference):
+                raise ValueError(
+                    f"image_id {reference['image_id']} came twice with different objects: ids must be unique."
+                )
+        # Equal scores of different images rank in the order of the ids, whatever order the images arrived in.
+        pairs = [images[image_id] for image_id in sorted(images)]
+        found = _columns([prediction for prediction, _ in pairs], ("scores", "labels"))
+        truth = _columns([reference for _, reference in pairs], ("labels", "area", "iscrowd"))
+
+        if self.id2label is None:
+            labels = np.union1d(found["labels"], truth["labels"]).astype(np.int64).tolist()
+            id2label = {label: str(label) for label in labels}
+        else:
+            id2label = dict(sorted(self.id2label.items()))
+        precision, recall = _precision_and_recall(len(pairs), list(id2label), found, truth, self.max_detections)
+        return _summary(precision, recall, _class_keys(id2label), self.max_detections)
+
+
+def _image_id(example: Mapping[str, Any], role: str) -> int:
+    try:
+        # One number in any wrapping: labels of transformers hold a tensor of shape (1,).
+        return operator.index(np.asarray(example["image_id"]).item())
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"image_id of a {role} must be one integer, got {example.get('image_id', 'no such key')!r}."
+        ) from None
+
+
+def _array(
+    example: Mapping[str, Any],
+    key: str,
+    where: str,
+    shape: tuple[int | None, ...],
+    default: NDArray[np.float64] | None = None,
+) -> NDArray[np.float64]:
+    """Read `example[key]`, or the default, as float64 of the given shape (`None`: any length)."""
+    value = default if example.get(key) is None else example[key]
+    if value is None:
+        raise ValueError(f"{where} has no {key!r}, only {sorted(example)}.")
+    if isinstance(value, torch.Tensor):
+        # numpy has no bfloat16; as float16 it meets the check below.
+        value = value.detach().cpu().to(torch.float16 if value.dtype == torch.bfloat16 else value.dtype).numpy()
+    array = np.asarray(value)
+    if array.dtype == np.float16:
+        raise ValueError(
+            f"{key} of {where} are in half precision, whose rounding makes ties and moves boxes. Convert the model's "
+            "outputs to float32 before the sigmoid and the scaling to pixels."
+        )
+    array = array.astype(np.float64)
+    if array.size == 0:
+        array = array.reshape(0, *shape[1:])
+    if array.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):
+        raise ValueError(f"{key} of {where} must have shape {shape}, got {array.shape}.")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{key} of {where} must be finite numbers, got {array[~np.isfinite(array)][0]}.")
+    return array
+
+
+def _same_objects(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two references of an image agree, to a thousandth of a pixel."""
+    return first["labels"] == second["labels"] and all(
+        np.allclose(first[key], second[key], atol=1e-3) for key in ("boxes", "area", "iscrowd")
+    )
+
+
+def _columns(examples: list[dict[str, Any]], keys: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """Chain the examples of N images: `image` (1 to N) and xywh `boxes`, beside the columns named by `keys`."""
+    columns = {key: np.array([value for example in examples for value in example[key]], float) for key in keys}
+    columns["image"] = np.repeat(np.arange(1, len(examples) + 1), [len(example["labels"]) for example in examples])
+    boxes = np.array([box for example in examples for box in example["boxes"]], float).reshape(-1, 4)
+    columns["boxes"] = np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]])
+    return columns
+
+
+def _precision_and_recall(
+    num_images: int,
+    labels: list[int],
+    found: Mapping[str, NDArray[Any]],
+    truth: Mapping[str, NDArray[Any]],
+    max_detections: list[int],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """
+    Run the COCO evaluator, the only place that knows which library it is.
+
+    Returns:
+        `tuple` of the interpolated precision `(T, R, C, A, D)` and the highest recall `(T, C, A, D)`; -1: undefined.
+    """
+    # hotcoco numbers the annotations from 1: the COCO protocol takes a match with annotation 0 for no match.
+    ground_truth = hotcoco.COCO.from_arrays(
+        [{"id": image} for image in range(1, num_images + 1)],
+        [{"id": label, "name": str(label)} for label in labels],
+        truth["image"],
+        truth["labels"].astype(np.int64),
+        truth["boxes"],
+        area=truth["area"],
+        iscrowd=truth["iscrowd"].astype(np.int64),
+    )
+    detections = ground_truth.load_res(
+        np.column_stack([found["image"], found["boxes"], found["scores"], found["labels"]]).astype(float)
+    )
+    evaluator = hotcoco.COCOeval(ground_truth, detections, "bbox")
+    evaluator.params.max_dets = max_detections
+    evaluator.evaluate()
+    evaluator.accumulate()
+    result = evaluator.eval or {}
+    return result["precision"], result["recall"]
+
+
+def _summary(
+    precision: NDArray[np.float64],  # (T, R, C, A, D)
+    recall: NDArray[np.float64],  # (T, C, A, D)
+    class_keys: Sequence[str],
+    max_detections: Sequence[int],
+) -> dict[str, float]:
+    result = {
+        "map": _mean(precision[..., 0, -1]),
+        "map_50": _mean(precision[0, ..., 0, -1]),
+        "map_75": _mean(precision[5, ..., 0, -1]),
+    }
+    result |= {f"map_{area}": _mean(precision[..., i, -1]) for i, area in enumerate(_AREAS, 1)}
+    result |= {f"mar_{limit}": _mean(recall[..., 0, i]) for i, limit in enumerate(max_detections)}
+    result |= {f"mar_{area}": _mean(recall[..., i, -1]) for i, area in enumerate(_AREAS, 1)}
+    result |= {key: _mean(precision[:, :, i, 0, -1]) for i, key in enumerate(class_keys)}
+    return result
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else -1.0
+
+
+def _class_keys(id2label: Mapping[int, str]) -> list[str]:
+    """Name the per-class results, in the order of `id2label`, apart from the metric's own keys."""
+    keys: dict[str, int] = {}
+    for label, name in id2label.items():
+        key = f"map_{name}_{label}" if f"map_{name}" in _OVERALL_KEYS else f"map_{name}"
+        if key in keys:
+            raise ValueError(
+                f"Classes {keys[key]} and {label} of id2label would both be reported as {key!r}: rename one."
+            )
+        keys[key] = label
+    return list(keys)

@@ -1,0 +1,187 @@
+# Copyright 2026 The dit_detection authors. Licensed under the Apache License, Version 2.0.
+"""Read a Diffusion Transformer (DiT) and its autoencoder with diffusers: what they are and every key is checked."""
+
+import json
+import os
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+
+_AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+
+
+def load_dit(
+    source: str | os.PathLike | DiTTransformer2DModel | Transformer2DModel | DiTPipeline,
+    *,
+    vae: str | os.PathLike | AutoencoderKL | AutoencoderTiny | None = "auto",
+) -> tuple[DiTTransformer2DModel | Transformer2DModel, AutoencoderKL | AutoencoderTiny | None]:
+    """
+    Load a DiT and the autoencoder in whose latent space it works, each in the dtype of its own file.
+
+    Args:
+        source: Hub id or local folder of a DiT pipeline or of a bare `DiTTransformer2DModel`, or a loaded diffusers
+            transformer or pipeline. Loaded objects are returned as they are.
+        vae: `"auto"` takes the pipeline's own, or none for a bare transformer on 3 channels. Else a Hub id or folder
+            (of the autoencoder, or of a pipeline that has one), a loaded one, or `None` for a DiT on pixels.
+
+    Raises:
+        `ValueError`: When `source` is not a DiT, a weight is missing, unexpected or misshapen, or `vae` does not fit.
+    """
+    autoencoder = None
+    if isinstance(source, DiTPipeline):
+        transformer, autoencoder = source.transformer, source.vae
+    elif isinstance(source, str | os.PathLike):
+        folder = _fetch(source, "source", ["*.json"])
+        subfolder = "transformer" if (folder / "transformer" / "config.json").is_file() else ""
+        _check_is_dit(_read_config(folder, subfolder), source)
+        transformer = _load_model(DiTTransformer2DModel, source, "source", subfolder)
+        if vae == "auto" and (folder / "vae" / "config.json").is_file():
+            autoencoder = _load_autoencoder(source, "source")
+    else:
+        is_diffusers_transformer = isinstance(source, DiTTransformer2DModel | Transformer2DModel)
+        name = type(source).__name__
+        _check_is_dit({**(source.config if is_diffusers_transformer else {}), "_class_name": name}, name)
+        transformer = source
+
+    in_channels = transformer.config.in_channels
+    if vae is None or isinstance(vae, torch.nn.Module):
+        autoencoder = vae
+    elif vae != "auto":
+        autoencoder = _load_autoencoder(vae, "vae")
+    elif autoencoder is None and in_channels != 3:
+        raise ValueError(
+            f"source holds a DiT on latents of {in_channels} channels, but no autoencoder: pass the one that it was "
+            f"trained with as vae=..., such as vae='stabilityai/sd-vae-ft-ema' for the published DiT-XL/2."
+        )
+    _check_fits(in_channels, autoencoder)
+    return transformer, autoencoder
+
+
+def _check_is_dit(config: dict[str, Any], source: Any) -> None:
+    """Refuse, by name, what is not a class-conditional DiT with adaLN-Zero."""
+    name = config.get("_class_name") or ", ".join(config.get("architectures") or [config.get("model_type", "")])
+    is_legacy_dit = config.get("norm_type") == "ada_norm_zero" and config.get("patch_size") is not None
+    if name == "DiTTransformer2DModel" or (name == "Transformer2DModel" and is_legacy_dit):
+        return
+    if config.get("model_type") == "beit" or name.startswith("Beit"):
+        raise ValueError(
+            f"source={source!r} is a BEiT ({name}), like Microsoft's *Document Image Transformer*, also called "
+            f"DiT. A *Diffusion* Transformer is needed, such as 'facebook/DiT-XL-2-256'."
+        )
+    raise ValueError(
+        f"source={source!r} is {name or 'no model that has a config.json'}, not a Diffusion Transformer: needed is "
+        f"a DiTPipeline or DiTTransformer2DModel of diffusers (in old configs a Transformer2DModel with patch_size "
+        f"and norm_type='ada_norm_zero'), such as 'facebook/DiT-XL-2-256'."
+    )
+
+
+def _check_fits(in_channels: int, autoencoder: AutoencoderKL | AutoencoderTiny | None) -> None:
+    """Refuse an autoencoder that this DiT cannot have been trained on, or none where it needs one."""
+    if autoencoder is None:
+        if in_channels != 3:
+            raise ValueError(
+                f"vae=None is for a DiT on pixels, with 3 channels; this one reads latents of {in_channels} channels. "
+                f"Pass the autoencoder that it was trained with."
+            )
+        return
+    name = type(autoencoder).__name__
+    if name not in _AUTOENCODERS:
+        raise ValueError(f"vae is {name}; supported are {' and '.join(_AUTOENCODERS)}, or None for a DiT on pixels.")
+    config: Any = autoencoder.config
+    if config.latent_channels != in_channels or config.in_channels != 3:
+        raise ValueError(
+            f"vae maps {config.in_channels} to {config.latent_channels} channels, but must map 3 (RGB) to the "
+            f"{in_channels} that this DiT reads. Pass the autoencoder that it was trained with."
+        )
+    if config.get("latents_mean") is not None or config.get("latents_std") is not None:
+        raise ValueError("vae has latents_mean or latents_std, which DiT pipelines ignore: set both to None.")
+
+
+def _fetch(source: str | os.PathLike, argument: str, patterns: list[str]) -> Path:
+    """The local folder of `source`, where files of these patterns are downloaded if it is a Hub id."""
+    if os.path.isdir(source):
+        return Path(source)
+    try:
+        return Path(snapshot_download(os.fspath(source), allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{argument}={os.fspath(source)!r} is neither a folder nor a Hub repository that can be read: {error}"
+        ) from error
+
+
+def _read_config(folder: Path, subfolder: str) -> dict[str, Any]:
+    for path in (folder / subfolder / "config.json", folder / "model_index.json"):
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+    return {}
+
+
+def _load_autoencoder(source: str | os.PathLike, argument: str) -> AutoencoderKL | AutoencoderTiny:
+    folder = _fetch(source, argument, ["*.json"])
+    subfolder = "vae" if (folder / "vae" / "config.json").is_file() else ""
+    name = _read_config(folder, subfolder).get("_class_name")
+    if name not in _AUTOENCODERS:
+        raise ValueError(
+            f"{argument}={os.fspath(source)!r} holds {name or 'no autoencoder'}; supported are "
+            f"{' and '.join(_AUTOENCODERS)}, or vae=None for a DiT on pixels."
+        )
+    return _load_model(_AUTOENCODERS[name], source, argument, subfolder)
+
+
+def _load_model(model_class: Any, source: str | os.PathLike, argument: str, subfolder: str) -> Any:
+    """Load a diffusers model in the dtype of its file, `.safetensors` before `.bin`, every key accounted for."""
+    prefix = f"{subfolder}/" if subfolder else ""
+    for extension in ("safetensors", "bin"):
+        patterns = [f"{prefix}diffusion_pytorch_model{part}.{extension}" for part in ("", "-*-of-*")]
+        folder = _fetch(source, argument, patterns)
+        files = [file for pattern in patterns for file in folder.glob(pattern)]
+        if files:
+            break
+    else:
+        raise ValueError(
+            f"{argument}={os.fspath(source)!r} has no weights: neither {prefix}diffusion_pytorch_model.safetensors "
+            f"nor .bin."
+        )
+    try:
+        model, info = model_class.from_pretrained(
+            folder / subfolder,
+            torch_dtype=_file_dtype(files),
+            use_safetensors=extension == "safetensors",
+            output_loading_info=True,
+        )
+    except Exception as error:  # a broken file raises whatever its reader raises
+        raise ValueError(
+            f"{argument}={os.fspath(source)!r} cannot be read as {model_class.__name__}: {error}"
+        ) from error
+    # The earliest checkpoints may carry the position table, which is computed.
+    unexpected = set(info["unexpected_keys"]) - {"pos_embed.pos_embed"}
+    for fault, keys in (("lacks", info["missing_keys"]), ("has unexpected", unexpected)):
+        if keys:
+            raise ValueError(
+                f"{argument}={os.fspath(source)!r} {fault} weights for {model_class.__name__}: "
+                f"{', '.join(sorted(keys))}. Download it again, or correct its config.json."
+            )
+    return model
+
+
+def _file_dtype(files: list[Path]) -> torch.dtype:
+    """The narrowest dtype that holds every weight of the files: diffusers would widen float16 to float32."""
+    names = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+    dtypes: set[torch.dtype] = set()
+    for file in files:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as weights:
+                dtypes.update(names[weights.get_slice(key).get_dtype()] for key in weights.keys())  # noqa: SIM118
+        else:
+            tensors = torch.load(file, map_location="meta", weights_only=True)
+            dtypes.update(tensor.dtype for tensor in tensors.values())
+    return reduce(torch.promote_types, dtypes)

@@ -1,0 +1,179 @@
+"""The HF Trainer with what detection needs: learning rates per depth, exact mAP at any batch size and process count."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import EvalPrediction, Trainer, TrainingArguments
+
+from .data import collate_detection
+from .metrics import CocoMetric
+
+# Fills what is ragged up to a rectangle; the value that Trainer itself pads with across batches and processes.
+PADDING = -100
+
+
+@dataclass
+class DetectionTrainingArguments(TrainingArguments):
+    """
+    `TrainingArguments` with defaults that are right for detection: mAP after every epoch, the best checkpoint kept.
+
+    Args:
+        backbone_learning_rate (`float`, *optional*): For the deepest block; by default `learning_rate`, which neck and
+            head always get.
+        layer_decay (`float`): Each block learns at this multiple of the next deeper one's rate, the patch embedding at
+            the lowest. 1 for weights that were not pretrained.
+    """
+
+    backbone_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the deepest DiT block. Default: learning_rate."}
+    )
+    layer_decay: float = field(
+        default=0.85, metadata={"help": "Learning rate of each block relative to the next deeper one."}
+    )
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of neck and head."})
+    weight_decay: float = field(default=0.05, metadata={"help": "AdamW's; never on biases, norms and layer scales."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps (1 or more) or share of all steps (below 1)."})
+    num_train_epochs: float = field(default=50.0, metadata={"help": "Passes over the training images."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to measure mAP."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
+    logging_strategy: str = field(default="epoch", metadata={"help": "When to log the loss."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept: the best and the last."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint's weights."})
+    metric_for_best_model: str | None = field(default="map", metadata={"help": "What the best checkpoint is best in."})
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of that is better."})
+    # Trainer drops the columns that the model's forward does not name; before the transform has made those.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the transform needs all."})
+
+
+class DetectionTrainer(Trainer):
+    """
+    Trains and evaluates a [`DiTForObjectDetection`]. Used as any `Trainer`; `processing_class` is the image processor.
+
+    `evaluate` returns COCO metrics (`eval_map`, `eval_map_50`, `eval_map_<class>`, …, see [`CocoMetric`]) and
+    `eval_loss`, the mean loss per image. Both are the same for every batch size and number of processes.
+
+    Data sets yield `pixel_values`, `pixel_mask` and `labels`, as `DetectionTransform` makes them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: DetectionTrainingArguments | None = None,
+        *,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if processing_class is None:
+            raise ValueError(
+                "DetectionTrainer needs processing_class, the image processor: it turns outputs into boxes."
+            )
+        kwargs.setdefault("data_collator", collate_detection)
+        kwargs.setdefault("compute_metrics", self._compute_coco_metrics)
+        super().__init__(model, args, processing_class=processing_class, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of `args.optim`, with a learning rate and weight decay per parameter."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer_cls, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_cls(parameter_groups(model, self.args), **optimizer_kwargs)
+        return self.optimizer
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """
+        Detections and targets of a batch as rectangles, because Trainer concatenates tensors and nothing else right.
+
+        Returns:
+            No loss (it is averaged over images, with the metrics); detections `(B, K, 6)` (xyxy in original pixels,
+            score, label) and losses `(B,)`; targets `(B, M, 7)` (xyxy, label, iscrowd, area) and image ids `(B, 1)`.
+            Missing rows are `PADDING`.
+        """
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs)
+        if prediction_loss_only:
+            return outputs.loss.detach(), None, None
+        sizes = torch.stack([image_labels["orig_size"] for image_labels in labels])
+        results = self.processing_class.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
+        detections = [torch.cat([r["boxes"], r["scores"][:, None], r["labels"][:, None]], dim=1) for r in results]
+        targets = [_target_rows(image_labels) for image_labels in labels]
+        image_ids = torch.stack([image_labels["image_id"] for image_labels in labels])
+        max_detections = self.processing_class.max_detections
+        return (
+            None,
+            (_pad_rows(detections, max_detections), outputs.loss_per_image.float()),
+            (_pad_rows(targets, max(len(rows) for rows in targets)), image_ids),
+        )
+
+    def _compute_coco_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Trainer's gathered rectangles → COCO metrics."""
+        (detections, losses), (targets, image_ids) = prediction.predictions, prediction.label_ids
+        metric = CocoMetric(self.model.config.id2label, keep_in_memory=True)
+        for found, expected, image_id in zip(detections, targets, image_ids[:, 0].tolist(), strict=True):
+            found, expected = found[found[:, 5] != PADDING], expected[expected[:, 4] != PADDING]
+            metric.add(
+                prediction={"image_id": image_id, "boxes": found[:, :4], "scores": found[:, 4], "labels": found[:, 5]},
+                reference={
+                    "image_id": image_id,
+                    "boxes": expected[:, :4],
+                    "labels": expected[:, 4],
+                    "iscrowd": expected[:, 5],
+                    "area": expected[:, 6],
+                },
+            )
+        return {"loss": float(losses.mean()), **metric.compute()}
+
+
+def parameter_groups(model: nn.Module, args: DetectionTrainingArguments) -> list[dict[str, Any]]:
+    """
+    One group of trainable parameters per learning rate and weight decay.
+
+    Neck, head and the taps' norms learn at `learning_rate`; block i of n at `backbone_learning_rate *
+    layer_decay ** (n - 1 - i)`, the patch embedding as a block before the first. Vectors (biases, norms, layer scales)
+    are not decayed.
+    """
+    backbone_rate = args.learning_rate if args.backbone_learning_rate is None else args.backbone_learning_rate
+    num_layers = model.config.num_hidden_layers
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        rate = args.learning_rate
+        block = re.search(r"backbone\.layers\.(\d+)\.", name)
+        if block or "backbone.patch_embedding." in name:
+            depth = int(block[1]) if block else -1
+            rate = backbone_rate * args.layer_decay ** (num_layers - 1 - depth)
+        decay = args.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def _target_rows(labels: Mapping[str, Tensor]) -> Tensor:
+    """One image's labels → `(M, 7)`: xyxy in original pixels, label, iscrowd, area in original pixels."""
+    height, width = labels["orig_size"].tolist()
+    centers, sides = labels["boxes"].double()[:, :2], labels["boxes"].double()[:, 2:]
+    boxes = torch.cat([centers - sides / 2, centers + sides / 2], dim=1)
+    boxes = boxes * boxes.new_tensor([width, height, width, height])
+    columns = [labels["class_labels"], labels["iscrowd"], labels["area"]]
+    return torch.cat([boxes.float(), *(column[:, None].float() for column in columns)], dim=1)
+
+
+def _pad_rows(tables: list[Tensor], num_rows: int) -> Tensor:
+    """Tables of `(m, C)`, m at most `num_rows` → `(B, num_rows, C)`."""
+    padded = tables[0].new_full((len(tables), num_rows, tables[0].shape[1]), PADDING)
+    for image, table in zip(padded, tables, strict=True):
+        image[: len(table)] = table
+    return padded

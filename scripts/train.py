@@ -1,0 +1,14 @@
+"""
+Annotated images → a trained detector, its mAP, and pictures of what it sees.
+
+    python scripts/train.py
+    accelerate launch scripts/train.py --model facebook/DiT-XL-2-256 --dataset path/to/coco --freeze_layers -1 \
+        --output_dir my-detector
+
+The first trains a small DiT with random weights on shapes that the library draws. `--help` lists all options.
+"""
+
+from dit_detection.commands.train import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from coco_folder import coco_content, write_coco, write_images, write_json
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dit_detection.data import InvalidDatasetError, load_detection_dataset
+from dit_detection.data.annotations import Annotations
+from dit_detection.data.checks import MIN_SIDE, check_objects
+from dit_detection.data.problems import ProblemLog
+
+
+def change(list_name: str, index: int, **fields: Any) -> Callable[[dict], None]:
+    return lambda content: content[list_name][index].update(fields)
+
+
+def replace(list_name: str, value: Any) -> Callable[[dict], None]:
+    return lambda content: content.update({list_name: value})
+
+
+def remove(list_name: str, index: int, field: str) -> Callable[[dict], None]:
+    return lambda content: content[list_name][index].pop(field)
+
+
+# What is done to the data, then parts of the message: entry and field, kind and remedy. The last number is how many of the 3
+# objects are left with on_invalid="drop", or None where that cannot help.
+DAMAGES: dict[str, tuple[Callable[[dict], Any], str, str, int | None]] = {
+    "nan": (change("annotations", 0, bbox=[float("nan"), 2, 3, 4]), 'annotation 1 of image 9 ("b.png"): field "bbox"', "non-finite box: correct", 2),
+    "infinite": (change("annotations", 0, bbox=[1, 2, float("inf"), 4]), 'annotation 1 of image 9 ("b.png"): field "bbox"', "non-finite box: correct", 2),
+    "string in box": (change("annotations", 0, bbox=["1", 2, 3, 4]), "field \"bbox\" is ['1', 2, 3, 4], not four numbers", "unusable object: each", 2),
+    "true in box": (change("annotations", 0, bbox=[True, 2, 3, 4]), "field \"bbox\" is [True, 2, 3, 4], not four", "unusable object: each", 2),
+    "huge integer": (change("annotations", 0, bbox=[10**400, 2, 3, 4]), 'annotation 1 of image 9 ("b.png"): field "bbox"', "unusable object: each", 2),
+    "three numbers": (change("annotations", 0, bbox=[1, 2, 3]), 'field "bbox" is [1, 2, 3], not four', "unusable object: each", 2),
+    "no box": (remove("annotations", 0, "bbox"), 'field "bbox" is None, not four', "unusable object: each", 2),
+    "zero width": (change("annotations", 0, bbox=[1, 2, 0, 4]), 'field "bbox" is [1.0, 2.0, 0.0, 4.0]', "empty box: a box needs", 2),
+    "negative height": (change("annotations", 0, bbox=[1, 2, 3, -4]), 'field "bbox" is [1.0, 2.0, 3.0, -4.0]', "empty box: a box needs", 2),
+    "too far right": (change("annotations", 0, bbox=[35, 2, 8, 4]), "[35.0, 2.0, 8.0, 4.0] in an image of 40 x 30 pixels", "box outside the image: boxes are", 2),
+    "beside the image": (change("annotations", 0, bbox=[40, 2, 0.5, 4]), "[40.0, 2.0, 0.5, 4.0] in an image of", "box outside the image: boxes are", 2),
+    "area as text": (change("annotations", 0, area="80"), "field \"area\" is '80'", "unusable area: areas are", 2),
+    "negative area": (change("annotations", 0, area=-1), 'field "area" is -1', "unusable area: areas are", 2),
+    "iscrowd 2": (change("annotations", 0, iscrowd=2), 'field "iscrowd" is 2', "unusable iscrowd: 0 for", 2),
+    "unknown category": (change("annotations", 0, category_id=3), 'field "category_id" is 3; there are 2, 5', "unknown category: add", 2),
+    "category as text": (change("annotations", 0, category_id="5"), "annotations[0]: it has {'id': 1, 'image_id': 9, 'category_id': '5'}", "unusable object: each", 2),
+    "unknown image": (change("annotations", 0, image_id=8), 'annotation 1: field "image_id" is 8, which no image has', "unknown image: remove", 2),
+    "duplicate annotation id": (change("annotations", 2, id=1), 'image 9 ("b.png"): field "id" is 1 again (annotations[2])', "duplicate annotation id: give", 2),
+    "annotation is no object": (replace("annotations", [3]), "annotations[0]: it has 3", "unusable object: each", None),
+    "missing file": (change("images", 0, file_name="c.png"), 'image 7 ("c.png"): there is no file ', "missing image file: put", 2),
+    "wrong size": (change("images", 0, width=50), '"width" and "height" are 50 x 30, the file has 40 x 30 pixels', "image size differs from the annotation: annotate", 2),
+    "width as text": (change("images", 0, width="40"), "images[0]: field \"width\" is '40'", "unusable image entry: each image", 2),
+    "negative height of image": (change("images", 0, height=-30), 'images[0]: field "height" is -30', "unusable image entry: each", 2),
+    "no file name": (remove("images", 0, "file_name"), 'images[0]: field "file_name" is None', "unusable image entry: each", 2),
+    "image id as text": (change("images", 0, id="7"), "images[0]: field \"id\" is '7'", "unusable image entry: each", 2),
+    "path upwards": (change("images", 0, file_name="../../etc/passwd"), "field \"file_name\" is '../../etc/passwd'", "file name leads outside the image folder: use", 2),
+    "path upwards on Windows": (change("images", 0, file_name="x\\..\\..\\a.png"), "field \"file_name\" is 'x", "file name leads outside the image folder: use", 2),
+    "absolute path": (change("images", 0, file_name="/etc/passwd"), "field \"file_name\" is '/etc/passwd'", "file name leads outside the image folder: use", 2),
+    "drive": (change("images", 0, file_name="C:\\a.png"), "field \"file_name\" is 'C:", "file name leads outside the image folder: use", 2),
+    "duplicate image id": (change("images", 0, id=9), 'images[1]: field "id" is 9 again ("b.png")', "duplicate image id: give", None),
+    "no images": (replace("images", []), 'key "images" is an empty list', "no images: check", None),
+    "no annotations at all": (replace("annotations", []), "none of its images has a valid object", "no objects: a detector", None),
+    "no list of categories": (lambda content: content.pop("categories"), 'key "categories" is missing; there are: images, annotations', "unusable file: export", None),
+    "images is a dict": (replace("images", {}), 'key "images" is not a list', "unusable file: export", None),
+    "empty categories": (replace("categories", []), 'key "categories" is an empty list', "unusable category: give", None),
+    "category without name": (remove("categories", 0, "name"), "categories[0] is {'id': 5}", "unusable category: give", None),
+    "category name twice": (change("categories", 0, name="cat"), "categories[1]: id 2 or name 'cat' is taken", "unusable category: give", None),
+    "category id twice": (change("categories", 0, id=2), "categories[1]: id 2 or name 'cat' is taken", "unusable category: give", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_reported(tmp_path: Path, damage: str) -> None:
+    apply, entry, remedy, num_left = DAMAGES[damage]
+    content = coco_content()
+    apply(content)
+    write_coco(tmp_path, content)
+    with pytest.raises(InvalidDatasetError) as error:
+        load_detection_dataset(tmp_path)
+    message = str(error.value)
+    assert f"{tmp_path / 'annotations_train.json'}: " in message
+    assert entry in message
+    assert f" x {remedy}" in message
+    if num_left is None:
+        with pytest.raises(InvalidDatasetError, match=re.escape(remedy)):
+            load_detection_dataset(tmp_path, on_invalid="drop")
+    else:
+        train = load_detection_dataset(tmp_path, on_invalid="drop")["train"]
+        assert sum(len(objects["bbox"]) for objects in train["objects"]) == num_left
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (json.dumps(coco_content())[:-40], "not valid JSON, perhaps cut off, at line 1, column"),
+        ("", "not valid JSON, perhaps cut off, at line 1, column 1"),
+        ("[]", "holds a list, not an object"),
+        ("[" * 100_000, "cannot be read: maximum recursion depth exceeded"),
+    ],
+)
+def test_broken_json(tmp_path: Path, text: str, what: str) -> None:
+    with pytest.raises(InvalidDatasetError, match=f"annotations_train.json: {what}"):
+        load_detection_dataset(write_coco(tmp_path, text))
+
+
+def test_json_that_is_not_utf8(tmp_path: Path) -> None:
+    file = write_coco(tmp_path) / "annotations_train.json"
+    file.write_bytes(json.dumps(coco_content()).encode("utf-16"))
+    with pytest.raises(InvalidDatasetError, match=r"annotations_train.json: cannot be read: .*utf-8"):
+        load_detection_dataset(tmp_path)
+
+
+def test_json_with_byte_order_mark_is_read(tmp_path: Path) -> None:
+    file = write_coco(tmp_path) / "annotations_train.json"
+    file.write_text(json.dumps(coco_content()), encoding="utf-8-sig")
+    assert len(load_detection_dataset(tmp_path)["train"]) == 2
+
+
+def test_file_that_is_no_image(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    (tmp_path / "images" / "b.png").write_text("<html>not found</html>")
+    with pytest.raises(InvalidDatasetError, match=r'image 9 \("b.png"\): .*b.png cannot be opened: cannot identify'):
+        load_detection_dataset(tmp_path)
+    assert len(load_detection_dataset(tmp_path, on_invalid="drop")["train"]) == 1
+
+
+def test_image_too_large_to_be_one(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(InvalidDatasetError, match=r"cannot be opened: Image size \(1200 pixels\) exceeds limit"):
+        load_detection_dataset(write_coco(tmp_path))
+
+
+def test_categories_that_differ_between_splits(tmp_path: Path) -> None:
+    content = coco_content()
+    content["categories"][0]["name"] = "wolf"
+    write_json(write_coco(tmp_path) / "annotations_val.json", content)
+    with pytest.raises(
+        InvalidDatasetError, match=r"annotations_val.json: key .* not that of .*train.json: .*dog.*wolf"
+    ):
+        load_detection_dataset(tmp_path)
+
+
+def test_order_of_categories_does_not_matter(tmp_path: Path) -> None:
+    content = coco_content()
+    content["categories"].reverse()
+    write_json(write_coco(tmp_path) / "annotations_val.json", content)
+    dataset = load_detection_dataset(tmp_path)
+    assert dataset["train"].features == dataset["validation"].features
+    assert list(dataset["train"]["objects"]) == list(dataset["validation"]["objects"])
+
+
+def test_all_problems_of_all_splits_are_in_one_report(tmp_path: Path) -> None:
+    content = coco_content()
+    content["annotations"] += [{"id": 10 + index, "image_id": 9, "category_id": 99} for index in range(12)]
+    write_coco(tmp_path, content)
+    write_json(tmp_path / "annotations_test.json", "{")
+    with pytest.raises(InvalidDatasetError) as error:
+        load_detection_dataset(tmp_path)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "13 problems in the data set."
+    assert len([line for line in lines if ": annotation " in line]) == 10
+    assert "  ... and 3 more." in lines
+    assert any(line.startswith("  12 x unknown category: ") for line in lines)
+    assert any(line.startswith("  1 x unusable file: ") for line in lines)
+
+
+def test_drop_says_what_it_left_out(tmp_path: Path, caplog) -> None:
+    content = coco_content()
+    content["images"][0]["file_name"] = "gone.png"
+    content["annotations"][0]["bbox"] = [1, 2, 3, -4]
+    write_coco(tmp_path, content)
+    with caplog.at_level(logging.WARNING):
+        train = load_detection_dataset(tmp_path, on_invalid="drop")["train"]
+    assert 'Left out or clipped (on_invalid="drop"): 1 x missing image file, 1 x empty box.' in caplog.text
+    assert "1 objects belong to invalid images" in caplog.text
+    assert list(train["image_id"]) == [9]
+    assert train[0]["objects"]["id"] == [3]
+    assert train[0]["image"].getpixel((0, 0)) == (40, 100, 200)  # of b.png
+
+
+def test_clip(tmp_path: Path, caplog) -> None:
+    content = coco_content()
+    content["annotations"][0].update(bbox=[-10, 10, 20, 40], area=600)  # (0, 10) to (10, 30) is left: a quarter
+    content["annotations"][1].update(bbox=[41, 10, 20, 40])  # nothing is left
+    with caplog.at_level(logging.WARNING):
+        train = load_detection_dataset(write_coco(tmp_path, content), on_invalid="clip")["train"]
+    assert "2 x box outside the image" in caplog.text
+    assert [objects["bbox"] for objects in train["objects"]] == [[], [[0, 10, 10, 20], [30, 20, 10, 10]]]
+    assert train[1]["objects"]["area"] == [150, 50.5]
+
+
+def test_up_to_one_pixel_outside_is_cut(tmp_path: Path, caplog) -> None:
+    content = coco_content()
+    content["annotations"][0].update(bbox=[-1, 2, 10, 8], area=80)
+    with caplog.at_level(logging.WARNING):
+        train = load_detection_dataset(write_coco(tmp_path, content))["train"]
+    assert "1 boxes cut to their image by up to 1 pixel" in caplog.text
+    assert train[1]["objects"]["bbox"][0] == [0, 2, 9, 8]
+    assert train[1]["objects"]["area"][0] == 72
+
+
+def test_backslashes_and_folders_in_file_names(tmp_path: Path) -> None:
+    content = coco_content()
+    content["images"][0]["file_name"] = "images\\a.png"
+    content["images"][1]["file_name"] = "images/../images/b.png"
+    write_images(tmp_path / "images")
+    write_json(tmp_path / "annotations_train.json", content)
+    assert [image.size for image in load_detection_dataset(tmp_path)["train"]["image"]] == [(40, 30)] * 2
+
+
+any_number = st.one_of(st.floats(width=64), st.integers(-(2**62), 2**62), st.floats(-60, 60))
+
+
+@settings(max_examples=200, deadline=None)
+@given(boxes=st.lists(st.tuples(any_number, any_number, any_number, any_number), max_size=6))
+def test_boxes_that_stay_lie_inside_their_image(boxes: list[tuple[float, float, float, float]]) -> None:
+    for on_invalid in ("drop", "clip"):
+        annotations = Annotations("file", ProblemLog(on_invalid))
+        annotations.add_image(1, "a.png", 40, 30)
+        for index, box in enumerate(boxes):
+            annotations.add_object(0, index, box, 0)
+        objects = check_objects(annotations)
+        low, sides = objects["bbox"][:, :2], objects["bbox"][:, 2:]
+        assert (low >= 0).all()
+        assert (low + sides <= np.array([40, 30]) + 1e-9).all()
+        assert (sides >= MIN_SIDE).all()
+        num_reported = sum(annotations.problems.counts.values())
+        assert len(objects["id"]) + num_reported >= len(boxes)
+        assert on_invalid == "clip" or len(objects["id"]) + num_reported == len(boxes)
