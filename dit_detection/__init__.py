@@ -1,14 +1,41 @@
 """Object detection on Diffusion Transformers (DiT, Peebles & Xie), in the shape of a transformers model."""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
+from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
+from .data import (
+    DetectionAugmentation,
+    DetectionTransform,
+    InvalidDatasetError,
+    collate_detection,
+    id2label_of,
+    load_detection_dataset,
+)
+from .metrics import CocoMetric
 from .model.configuration_dit_detection import DiTDetectionConfig
 from .model.image_processing_dit_detection import DiTDetectionImageProcessor
-from .model.modeling_dit_detection import (
-    DiTDetectionModel,
-    DiTForObjectDetection,
-    DiTObjectDetectionOutput,
-)
+from .model.modeling_dit_detection import DiTDetectionModel, DiTForObjectDetection, DiTObjectDetectionOutput
+from .trainer import DetectionTrainer, DetectionTrainingArguments
+from .visualize import draw_detections, draw_grid
+
+__all__ = [
+    "CocoMetric",
+    "DetectionAugmentation",
+    "DetectionTrainer",
+    "DetectionTrainingArguments",
+    "DetectionTransform",
+    "DiTDetectionConfig",
+    "DiTDetectionImageProcessor",
+    "DiTDetectionModel",
+    "DiTForObjectDetection",
+    "DiTObjectDetectionOutput",
+    "InvalidDatasetError",
+    "collate_detection",
+    "draw_detections",
+    "draw_grid",
+    "id2label_of",
+    "load_detection_dataset",
+]
 
 AutoConfig.register("dit_detection", DiTDetectionConfig, exist_ok=True)
 AutoModel.register(DiTDetectionConfig, DiTDetectionModel, exist_ok=True)
@@ -16,6 +43,8 @@ AutoModelForObjectDetection.register(DiTDetectionConfig, DiTForObjectDetection, 
 AutoImageProcessor.register(
     DiTDetectionConfig, image_processor_classes={"torchvision": DiTDetectionImageProcessor}, exist_ok=True
 )
+# `pipeline("object-detection")` runs any registered model, but reports those whose class is not in this list as errors.
+MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["dit_detection"] = "DiTForObjectDetection"
 
 # What makes `save_pretrained` and `push_to_hub` copy the code of `model/` beside the weights.
 DiTDetectionConfig.register_for_auto_class()

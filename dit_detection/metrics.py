@@ -1,5 +1,5 @@
 """
-COCO's mean average precision as an `evaluate.Metric`, with the numbers of pycocotools at a hundredth of its time.
+COCO's mean average precision as an `evaluate.Metric`, with the very numbers of pycocotools.
 
 Shape letters: K detections of one image, M objects of one image, N images, C classes, T = 10 IoU thresholds, R = 101
 recall thresholds, A = 4 area ranges (all, small, medium, large), D limits on the detections per image and class.
@@ -21,7 +21,7 @@ _AREAS = ("small", "medium", "large")
 
 _DESCRIPTION = """
 Mean average precision and recall of object detection by COCO's protocol: IoU thresholds 0.50:0.05:0.95, 101 recall
-points, sizes by the object's area in original pixels (small < 32², medium < 96², large above).
+points, sizes by the object's area in original pixels: small to 32², medium to 96², large beyond (limits included).
 """
 
 _INPUTS = """
@@ -109,7 +109,8 @@ class CocoMetric(evaluate.Metric):
 
     def add(self, *, prediction: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
         """Add the detections and the objects of one image."""
-        self.add_batch(predictions=[prediction], references=[reference])
+        prediction, reference = self._checked(prediction, reference)
+        super().add(prediction=prediction, reference=reference)
 
     def add_batch(
         self, *, predictions: Sequence[Mapping[str, Any]] | None, references: Sequence[Mapping[str, Any]] | None
@@ -122,15 +123,19 @@ class CocoMetric(evaluate.Metric):
             raise ValueError(
                 f"predictions and references must be of the same images, got {len(predictions)} and {len(references)}."
             )
-        predictions = [self._checked_prediction(example) for example in predictions]
-        references = [self._checked_reference(example) for example in references]
-        for prediction, reference in zip(predictions, references, strict=True):
-            if prediction["image_id"] != reference["image_id"]:
-                raise ValueError(
-                    "predictions and references must be in the same order, got the prediction of image "
-                    f"{prediction['image_id']} with the reference of image {reference['image_id']}."
-                )
-        super().add_batch(predictions=predictions, references=references)
+        pairs = [self._checked(*pair) for pair in zip(predictions, references, strict=True)]
+        super().add_batch(predictions=[found for found, _ in pairs], references=[truth for _, truth in pairs])
+
+    def _checked(
+        self, prediction: Mapping[str, Any], reference: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        found, truth = self._checked_prediction(prediction), self._checked_reference(reference)
+        if found["image_id"] != truth["image_id"]:
+            raise ValueError(
+                "predictions and references must be in the same order, got the prediction of image "
+                f"{found['image_id']} with the reference of image {truth['image_id']}."
+            )
+        return found, truth
 
     def _checked_prediction(self, example: Mapping[str, Any]) -> dict[str, Any]:
         checked, where = self._checked_boxes(example, "prediction")

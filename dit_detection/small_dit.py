@@ -1,4 +1,4 @@
-"""A small Diffusion Transformer on pixels with random weights: what everything runs on where no checkpoint is given."""
+"""A small Diffusion Transformer on pixels with random weights, for where no checkpoint is given."""
 
 from pathlib import Path
 

@@ -1,8 +1,11 @@
-"""The HF Trainer with what detection needs: learning rates per depth, exact mAP at any batch size and process count."""
+"""The HF Trainer for detection: learning rates per depth, exact mAP at any batch size and process count."""
 
+import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from .data import collate_detection
 from .metrics import CocoMetric
+from .model_card import DetectionModelCardData, create_model_card
 
 # Fills what is ragged up to a rectangle; the value that Trainer itself pads with across batches and processes.
 PADDING = -100
@@ -76,10 +80,12 @@ class DetectionTrainer(Trainer):
         kwargs.setdefault("data_collator", collate_detection)
         kwargs.setdefault("compute_metrics", self._compute_coco_metrics)
         super().__init__(model, args, processing_class=processing_class, **kwargs)
+        # What the model card should say beyond what the trainer knows: fields of `DetectionModelCardData`.
+        self.card_facts: dict[str, Any] = {}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of `args.optim`, with a learning rate and weight decay per parameter."""
-        if self.optimizer is None:
+        if self.optimizer is None:  # type: ignore[has-type]
             model = self.model if model is None else model
             optimizer_cls, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_cls(parameter_groups(model, self.args), **optimizer_kwargs)
@@ -118,6 +124,42 @@ class DetectionTrainer(Trainer):
             (_pad_rows(targets, max(len(rows) for rows in targets)), image_ids),
         )
 
+    def create_model_card(self, model_name: str | None = None, **facts: Any) -> None:
+        """
+        Write the model card, `README.md` in the output folder, from what happened. `push_to_hub` calls this.
+
+        Args:
+            model_name (`str`, *optional*): By default the name of the output folder.
+            facts: Fields of [`DetectionModelCardData`]; they go before `card_facts`, and those before what the trainer
+                knows. Without `metrics`, those of the validation epoch whose weights the model has are taken.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        known: dict[str, Any] = {
+            "model_name": model_name or folder.resolve().name,
+            "config": self.model.config,
+            "seed": self.args.seed,
+            "hardware": _hardware(),
+            "versions": {name: version(name) for name in ("torch", "transformers", "diffusers", "dit_detection")},
+            "hyperparameters": {
+                "epochs": self.args.num_train_epochs,
+                "images per step": self.args.train_batch_size
+                * self.args.world_size
+                * self.args.gradient_accumulation_steps,
+                "learning rate": self.args.learning_rate,
+                "weight decay": self.args.weight_decay,
+                "precision": "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32",
+            },
+        }
+        epochs = [entry for entry in self.state.log_history if "eval_map" in entry]
+        if epochs:
+            best = [entry for entry in epochs if entry["step"] == self.state.best_global_step]
+            metrics = (best if best and self.args.load_best_model_at_end else epochs)[-1]
+            known["metrics"] = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+            known["metrics_split"] = "validation"
+        create_model_card(DetectionModelCardData(**{**known, **self.card_facts, **facts})).save(folder / "README.md")
+
     def _compute_coco_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Trainer's gathered rectangles → COCO metrics."""
         (detections, losses), (targets, image_ids) = prediction.predictions, prediction.label_ids
@@ -146,12 +188,12 @@ def parameter_groups(model: nn.Module, args: DetectionTrainingArguments) -> list
     are not decayed.
     """
     backbone_rate = args.learning_rate if args.backbone_learning_rate is None else args.backbone_learning_rate
-    num_layers = model.config.num_hidden_layers
+    num_layers: int = model.config.num_hidden_layers  # type: ignore[union-attr, assignment]
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        rate = args.learning_rate
+        rate: float = args.learning_rate
         block = re.search(r"backbone\.layers\.(\d+)\.", name)
         if block or "backbone.patch_embedding." in name:
             depth = int(block[1]) if block else -1
@@ -159,6 +201,12 @@ def parameter_groups(model: nn.Module, args: DetectionTrainingArguments) -> list
         decay = args.weight_decay if parameter.ndim > 1 else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def _target_rows(labels: Mapping[str, Tensor]) -> Tensor:

@@ -1,7 +1,5 @@
 import json
 import logging
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,79 +12,77 @@ from hypothesis import strategies as st
 from dit_detection.data import InvalidDatasetError, load_detection_dataset
 from dit_detection.data.annotations import Annotations
 from dit_detection.data.checks import MIN_SIDE, check_objects
-from dit_detection.data.problems import ProblemLog
+from dit_detection.data.problems import REMEDIES, ProblemLog
+
+NAN, INF, HUGE = float("nan"), float("inf"), 10**400
+MISSING = object()
+FIRST_BOX = 'annotation 1 of image 9 ("b.png"): field "bbox" is '
+OUT = "file name leads outside the image folder"
+
+# Which list of the file; what becomes of its first entry (or of the file itself); part of the message; its kind; how
+# many of the 3 objects are left with on_invalid="drop", or None where that does not help.
+DAMAGES: list[tuple[str | None, dict[str, Any], str, str, int | None]] = [
+    ("annotations", {"bbox": [NAN, 2, 3, 4]}, FIRST_BOX + "[nan, 2.0", "non-finite box", 2),
+    ("annotations", {"bbox": [1, 2, INF, 4]}, FIRST_BOX + "[1.0, 2.0, inf", "non-finite box", 2),
+    ("annotations", {"bbox": ["1", 2, 3, 4]}, FIRST_BOX + "['1', 2, 3, 4], not four numbers", "unusable object", 2),
+    ("annotations", {"bbox": [True, 2, 3, 4]}, FIRST_BOX + "[True, 2, 3, 4], not four", "unusable object", 2),
+    ("annotations", {"bbox": [HUGE, 2, 3, 4]}, FIRST_BOX + "[1000", "unusable object", 2),
+    ("annotations", {"bbox": [1, 2, 3]}, FIRST_BOX + "[1, 2, 3], not four", "unusable object", 2),
+    ("annotations", {"bbox": MISSING}, FIRST_BOX + "None, not four", "unusable object", 2),
+    ("annotations", {"bbox": [1, 2, 0, 4]}, FIRST_BOX + "[1.0, 2.0, 0.0, 4.0]", "empty box", 2),
+    ("annotations", {"bbox": [1, 2, 3, -4]}, FIRST_BOX + "[1.0, 2.0, 3.0, -4.0]", "empty box", 2),
+    ("annotations", {"bbox": [35, 2, 8, 4]}, "8.0, 4.0] in an image of 40 x 30 pixels", "box outside the image", 2),
+    ("annotations", {"bbox": [40, 2, 0.5, 4]}, FIRST_BOX + "[40.0, 2.0, 0.5, 4.0]", "box outside the image", 2),
+    ("annotations", {"area": "80"}, "field \"area\" is '80'", "unusable area", 2),
+    ("annotations", {"area": -1}, 'field "area" is -1', "unusable area", 2),
+    ("annotations", {"iscrowd": 2}, 'field "iscrowd" is 2', "unusable iscrowd", 2),
+    ("annotations", {"category_id": 3}, 'field "category_id" is 3; there are 2, 5', "unknown category", 2),
+    ("annotations", {"category_id": "5"}, "annotations[0]: it has {'id': 1, 'image_id'", "unusable object", 2),
+    ("annotations", {"id": MISSING}, "annotations[0]: it has {'id': None, 'image_id'", "unusable object", 2),
+    ("annotations", {"image_id": 8}, 'annotation 1: field "image_id" is 8, which no image', "unknown image", 2),
+    ("annotations", {"id": 2}, 'field "id" is 2 again (annotations[1])', "duplicate annotation id", 2),
+    ("images", {"file_name": "c.png"}, 'image 7 ("c.png"): there is no file ', "missing image file", 2),
+    ("images", {"file_name": MISSING}, 'images[0]: field "file_name" is None', "unusable image entry", 2),
+    ("images", {"file_name": "../../etc/passwd"}, "field \"file_name\" is '../../etc/passwd'", OUT, 2),
+    ("images", {"file_name": "x\\..\\..\\a.png"}, 'field "file_name" is \'x', OUT, 2),
+    ("images", {"file_name": "/etc/passwd"}, "field \"file_name\" is '/etc/passwd'", OUT, 2),
+    ("images", {"file_name": "C:\\a.png"}, 'field "file_name" is \'C:', OUT, 2),
+    ("images", {"width": 50}, "50 x 30, the file has 40 x 30 pixels", "image size differs from the annotation", 2),
+    ("images", {"width": "40"}, "images[0]: field \"width\" is '40'", "unusable image entry", 2),
+    ("images", {"height": -30}, 'images[0]: field "height" is -30', "unusable image entry", 2),
+    ("images", {"id": "7"}, "images[0]: field \"id\" is '7'", "unusable image entry", 2),
+    ("images", {"id": 9}, 'images[1]: field "id" is 9 again ("b.png")', "duplicate image id", None),
+    ("categories", {"name": MISSING}, "categories[0] is {'id': 5}", "unusable category", None),
+    ("categories", {"name": "cat"}, "categories[1]: id 2 or name 'cat' is taken", "unusable category", None),
+    ("categories", {"id": 2}, "categories[1]: id 2 or name 'cat' is taken", "unusable category", None),
+    (None, {"categories": []}, 'key "categories" is an empty list', "unusable category", None),
+    (None, {"categories": MISSING}, '"categories" is missing; there are: images, anno', "unusable file", None),
+    (None, {"images": {}}, 'key "images" is not a list', "unusable file", None),
+    (None, {"images": []}, 'key "images" is an empty list', "no images", None),
+    (None, {"images": [3, 4]}, "images[0]: it is 3", "unusable image entry", None),
+    (None, {"annotations": []}, "none of its images has a valid object", "no objects", None),
+    (None, {"annotations": [3]}, "annotations[0]: it has 3", "unusable object", None),
+]
 
 
-def change(list_name: str, index: int, **fields: Any) -> Callable[[dict], None]:
-    return lambda content: content[list_name][index].update(fields)
-
-
-def replace(list_name: str, value: Any) -> Callable[[dict], None]:
-    return lambda content: content.update({list_name: value})
-
-
-def remove(list_name: str, index: int, field: str) -> Callable[[dict], None]:
-    return lambda content: content[list_name][index].pop(field)
-
-
-# What is done to the data, then parts of the message: entry and field, kind and remedy. The last number is how many of the 3
-# objects are left with on_invalid="drop", or None where that cannot help.
-DAMAGES: dict[str, tuple[Callable[[dict], Any], str, str, int | None]] = {
-    "nan": (change("annotations", 0, bbox=[float("nan"), 2, 3, 4]), 'annotation 1 of image 9 ("b.png"): field "bbox"', "non-finite box: correct", 2),
-    "infinite": (change("annotations", 0, bbox=[1, 2, float("inf"), 4]), 'annotation 1 of image 9 ("b.png"): field "bbox"', "non-finite box: correct", 2),
-    "string in box": (change("annotations", 0, bbox=["1", 2, 3, 4]), "field \"bbox\" is ['1', 2, 3, 4], not four numbers", "unusable object: each", 2),
-    "true in box": (change("annotations", 0, bbox=[True, 2, 3, 4]), "field \"bbox\" is [True, 2, 3, 4], not four", "unusable object: each", 2),
-    "huge integer": (change("annotations", 0, bbox=[10**400, 2, 3, 4]), 'annotation 1 of image 9 ("b.png"): field "bbox"', "unusable object: each", 2),
-    "three numbers": (change("annotations", 0, bbox=[1, 2, 3]), 'field "bbox" is [1, 2, 3], not four', "unusable object: each", 2),
-    "no box": (remove("annotations", 0, "bbox"), 'field "bbox" is None, not four', "unusable object: each", 2),
-    "zero width": (change("annotations", 0, bbox=[1, 2, 0, 4]), 'field "bbox" is [1.0, 2.0, 0.0, 4.0]', "empty box: a box needs", 2),
-    "negative height": (change("annotations", 0, bbox=[1, 2, 3, -4]), 'field "bbox" is [1.0, 2.0, 3.0, -4.0]', "empty box: a box needs", 2),
-    "too far right": (change("annotations", 0, bbox=[35, 2, 8, 4]), "[35.0, 2.0, 8.0, 4.0] in an image of 40 x 30 pixels", "box outside the image: boxes are", 2),
-    "beside the image": (change("annotations", 0, bbox=[40, 2, 0.5, 4]), "[40.0, 2.0, 0.5, 4.0] in an image of", "box outside the image: boxes are", 2),
-    "area as text": (change("annotations", 0, area="80"), "field \"area\" is '80'", "unusable area: areas are", 2),
-    "negative area": (change("annotations", 0, area=-1), 'field "area" is -1', "unusable area: areas are", 2),
-    "iscrowd 2": (change("annotations", 0, iscrowd=2), 'field "iscrowd" is 2', "unusable iscrowd: 0 for", 2),
-    "unknown category": (change("annotations", 0, category_id=3), 'field "category_id" is 3; there are 2, 5', "unknown category: add", 2),
-    "category as text": (change("annotations", 0, category_id="5"), "annotations[0]: it has {'id': 1, 'image_id': 9, 'category_id': '5'}", "unusable object: each", 2),
-    "unknown image": (change("annotations", 0, image_id=8), 'annotation 1: field "image_id" is 8, which no image has', "unknown image: remove", 2),
-    "duplicate annotation id": (change("annotations", 2, id=1), 'image 9 ("b.png"): field "id" is 1 again (annotations[2])', "duplicate annotation id: give", 2),
-    "annotation is no object": (replace("annotations", [3]), "annotations[0]: it has 3", "unusable object: each", None),
-    "missing file": (change("images", 0, file_name="c.png"), 'image 7 ("c.png"): there is no file ', "missing image file: put", 2),
-    "wrong size": (change("images", 0, width=50), '"width" and "height" are 50 x 30, the file has 40 x 30 pixels', "image size differs from the annotation: annotate", 2),
-    "width as text": (change("images", 0, width="40"), "images[0]: field \"width\" is '40'", "unusable image entry: each image", 2),
-    "negative height of image": (change("images", 0, height=-30), 'images[0]: field "height" is -30', "unusable image entry: each", 2),
-    "no file name": (remove("images", 0, "file_name"), 'images[0]: field "file_name" is None', "unusable image entry: each", 2),
-    "image id as text": (change("images", 0, id="7"), "images[0]: field \"id\" is '7'", "unusable image entry: each", 2),
-    "path upwards": (change("images", 0, file_name="../../etc/passwd"), "field \"file_name\" is '../../etc/passwd'", "file name leads outside the image folder: use", 2),
-    "path upwards on Windows": (change("images", 0, file_name="x\\..\\..\\a.png"), "field \"file_name\" is 'x", "file name leads outside the image folder: use", 2),
-    "absolute path": (change("images", 0, file_name="/etc/passwd"), "field \"file_name\" is '/etc/passwd'", "file name leads outside the image folder: use", 2),
-    "drive": (change("images", 0, file_name="C:\\a.png"), "field \"file_name\" is 'C:", "file name leads outside the image folder: use", 2),
-    "duplicate image id": (change("images", 0, id=9), 'images[1]: field "id" is 9 again ("b.png")', "duplicate image id: give", None),
-    "no images": (replace("images", []), 'key "images" is an empty list', "no images: check", None),
-    "no annotations at all": (replace("annotations", []), "none of its images has a valid object", "no objects: a detector", None),
-    "no list of categories": (lambda content: content.pop("categories"), 'key "categories" is missing; there are: images, annotations', "unusable file: export", None),
-    "images is a dict": (replace("images", {}), 'key "images" is not a list', "unusable file: export", None),
-    "empty categories": (replace("categories", []), 'key "categories" is an empty list', "unusable category: give", None),
-    "category without name": (remove("categories", 0, "name"), "categories[0] is {'id': 5}", "unusable category: give", None),
-    "category name twice": (change("categories", 0, name="cat"), "categories[1]: id 2 or name 'cat' is taken", "unusable category: give", None),
-    "category id twice": (change("categories", 0, id=2), "categories[1]: id 2 or name 'cat' is taken", "unusable category: give", None),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_reported(tmp_path: Path, damage: str) -> None:
-    apply, entry, remedy, num_left = DAMAGES[damage]
+@pytest.mark.parametrize(("where", "fields", "what", "kind", "num_left"), DAMAGES)
+def test_damage_is_reported(
+    tmp_path: Path, where: str | None, fields: dict[str, Any], what: str, kind: str, num_left: int | None
+) -> None:
     content = coco_content()
-    apply(content)
+    entry = content[where][0] if where else content
+    entry.update(fields)
+    for field in [field for field, value in fields.items() if value is MISSING]:
+        del entry[field]
     write_coco(tmp_path, content)
     with pytest.raises(InvalidDatasetError) as error:
         load_detection_dataset(tmp_path)
     message = str(error.value)
     assert f"{tmp_path / 'annotations_train.json'}: " in message
-    assert entry in message
-    assert f" x {remedy}" in message
+    assert what in message
+    assert f" x {kind}: {REMEDIES[kind]}" in message
     if num_left is None:
-        with pytest.raises(InvalidDatasetError, match=re.escape(remedy)):
+        with pytest.raises(InvalidDatasetError, match=r"no (images|objects)|unusable (file|category)|duplicate image"):
             load_detection_dataset(tmp_path, on_invalid="drop")
     else:
         train = load_detection_dataset(tmp_path, on_invalid="drop")["train"]
@@ -139,7 +135,7 @@ def test_categories_that_differ_between_splits(tmp_path: Path) -> None:
     content["categories"][0]["name"] = "wolf"
     write_json(write_coco(tmp_path) / "annotations_val.json", content)
     with pytest.raises(
-        InvalidDatasetError, match=r"annotations_val.json: key .* not that of .*train.json: .*dog.*wolf"
+        InvalidDatasetError, match=r"_val.json: key .* has {5: 'wolf'} where .*train.json has {5: 'dog'}"
     ):
         load_detection_dataset(tmp_path)
 

@@ -94,6 +94,12 @@ def test_frozen_and_in_eval_mode_inside_a_model_in_train_mode(kind):
     assert pixels.grad is None and model[1].weight.grad is not None
 
 
+def test_weights_that_a_loader_made_trainable_are_frozen_again():
+    encoder = latent_encoder_of(random_autoencoder("tiny"))
+    nn.Sequential(encoder.requires_grad_(True)).eval()  # the last thing that `from_pretrained` does
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
 @pytest.mark.parametrize("kind", ["kl", "tiny"])
 def test_no_graph_even_when_unfrozen_and_checkpointed(kind):
     encoder = latent_encoder_of(random_autoencoder(kind)).requires_grad_(True)

@@ -229,6 +229,7 @@ def test_add_add_batch_and_compute_agree_for_any_container(metric):
     assert one_by_one.compute() == expected
 
     in_batches = metric(keep_in_memory=True)
+    in_batches.add(prediction=predictions[3], reference=references[3])
     for start in (4, 0, 2):
         batch = slice(start, start + 2)
         in_batches.add_batch(

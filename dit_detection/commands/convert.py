@@ -38,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     model.save_pretrained(args.output_dir)
     DiTDetectionImageProcessor(size=args.image_size).save_pretrained(args.output_dir)
-    parts = {"latent encoder": model.model.latent_encoder, "backbone": model.model.backbone}
+    parts: dict[str, torch.nn.Module | None] = {
+        "latent encoder": model.model.latent_encoder,
+        "backbone": model.model.backbone,
+    }
     parts |= {"neck": model.neck, "head": model.head}
     for name, part in parts.items():
         if part is not None:

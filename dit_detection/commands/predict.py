@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
-from ..data import decode_image, to_rgb
+from ..data.image_reading import decode_image, to_rgb
 from ..visualize import draw_detections, draw_grid
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
 
-    predictions = []
+    predictions: list[dict[str, Any]] = []
     for start in tqdm(range(0, len(paths), args.batch_size), unit="batch"):
         batch = paths[start : start + args.batch_size]
         images = [_read(path) for path in batch]
@@ -108,7 +108,7 @@ def draw_samples(
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
         names = [class_names[label] for label in row["objects"]["category"]]
         image = draw_detections(image, expected * scale, names, class_names=class_names, ground_truth=True)
-        names = [class_names[label] for label in found["labels"]]
+        names = [class_names[label] for label in found["labels"].tolist()]
         pictures.append(
             draw_detections(image, found["boxes"] * scale, names, found["scores"], class_names=class_names)
         )

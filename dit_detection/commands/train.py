@@ -2,12 +2,14 @@
 
 import json
 import logging
+import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import torch
@@ -27,12 +29,13 @@ from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
 from ..model.modeling_dit_detection import DiTForObjectDetection
 from ..small_dit import write_small_dit
 from ..trainer import DetectionTrainer, DetectionTrainingArguments
+from ..visualize import plot_history
 from .predict import draw_samples
 
 logger = logging.getLogger(__name__)
 
 # What the embedded job trains with: it must be done in 4 minutes on 2 cores.
-EMBEDDED_JOB = {"num_train_epochs": 12, "image_size": 192}
+EMBEDDED_JOB = {"num_train_epochs": 12, "image_size": [128]}
 # Random weights learn faster and have no pretrained depth to protect.
 RANDOM_WEIGHTS = {"learning_rate": 1e-3, "layer_decay": 1.0}
 
@@ -44,8 +47,8 @@ class ModelArguments:
     model: str | None = field(
         default=None,
         metadata={
-            "help": "DiT of diffusers (Hub id or folder: a pipeline such as facebook/DiT-XL-2-256, or a bare transformer), "
-            "or a detector of this library to go on from. Default: a small DiT on pixels with random weights."
+            "help": "DiT of diffusers: Hub id or folder of a pipeline (facebook/DiT-XL-2-256) or of a bare transformer; or "
+            "a detector of this library to go on from. Default: a small DiT on pixels with random weights."
         },
     )
     vae: str = field(
@@ -54,8 +57,9 @@ class ModelArguments:
     )
     timestep: int = field(default=50, metadata={"help": "Diffusion timestep whose features are used, 0 to 999."})
     condition: int | None = field(default=None, metadata={"help": "Class the DiT is conditioned on. Default: none."})
-    image_size: int = field(
-        default=512, metadata={"help": "Side of the square canvas that every image is fitted into, in pixels."}
+    image_size: list[int] = field(
+        default_factory=lambda: [512],
+        metadata={"help": "Canvas that every image is fitted into, in pixels: a side, or height and width."},
     )
     freeze_layers: int | None = field(
         default=None, metadata={"help": "Freeze the patch embedding and this many blocks, from the first; -1: all."}
@@ -77,7 +81,7 @@ class DataArguments:
             "Default: shapes that the library draws itself."
         },
     )
-    on_invalid: str = field(
+    on_invalid: Literal["error", "drop", "clip"] = field(
         default="error",
         metadata={
             "help": "Broken rows: stop, 'drop' them, or 'clip' boxes to the image.",
@@ -120,27 +124,56 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     metrics = trainer.evaluate(
         DetectionTransform(image_processor).attach(dataset[held_out]), metric_key_prefix=held_out
     )
-    metrics["train_minutes"] = round(minutes, 2)
     trainer.log_metrics(held_out, metrics)
-    trainer.save_metrics(held_out, metrics)
+    trainer.save_metrics(held_out, {**metrics, "train_minutes": round(minutes, 2)})
     trainer.save_state()
     trainer.save_model()
     if trainer.is_world_process_zero():
-        picture = draw_samples(trainer.model, image_processor, dataset[held_out])
-        picture.save(Path(args.output_dir) / "predictions.jpg", quality=90)
+        output_dir = Path(str(args.output_dir))
+        draw_samples(trainer.model, image_processor, dataset[held_out]).save(
+            output_dir / "predictions.jpg", quality=90
+        )
+        plot_history(trainer.state.log_history).save(output_dir / "history.png")
+        trainer.card_facts = {
+            "base_model": model_args.model,
+            "dataset_name": Path(data_args.dataset).name if data_args.dataset else "drawn shapes",
+            "split_sizes": {split: rows.num_rows for split, rows in dataset.items()},
+            "class_counts": count_classes(dataset),
+            "metrics": {name.removeprefix(f"{held_out}_"): value for name, value in metrics.items()},
+            "metrics_split": held_out,
+            "command": shlex.join(["dit-detect", "train", *argv]),
+            "minutes": minutes,
+            "sample_picture": "predictions.jpg",
+            "history_picture": "history.png",
+        }
+        trainer.create_model_card()
         logger.info(
-            "%s map %.3f, map_50 %.3f after %.1f minutes. Detector, metrics and predictions.jpg: %s",
+            "%s: map %.3f, map_50 %.3f, after %.1f minutes of training. Detector, metrics, card and pictures: %s",
             held_out,
             metrics[f"{held_out}_map"],
             metrics[f"{held_out}_map_50"],
             minutes,
-            args.output_dir,
+            output_dir,
         )
         if model_args.model is None:
             logger.info(
-                "This DiT started from random weights. For pretrained ones: --model facebook/DiT-XL-2-256 (CC BY-NC 4.0)."
+                "This DiT began with random weights. Pretrained ones: --model facebook/DiT-XL-2-256 (CC BY-NC 4.0)."
             )
+    if args.push_to_hub:
+        trainer.push_to_hub()
     return metrics
+
+
+def count_classes(dataset: DatasetDict) -> dict[str, dict[str, int]]:
+    """Objects per split and class name."""
+    names = list(id2label_of(dataset).values())
+    counts = {}
+    for split, rows in dataset.items():
+        labels = Counter(
+            label for objects in rows.select_columns("objects")["objects"] for label in objects["category"]
+        )
+        counts[split] = {name: labels[index] for index, name in enumerate(names)}
+    return counts
 
 
 def _parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, DetectionTrainingArguments]:
@@ -211,7 +244,7 @@ def _load_model(
             source = str(Path(args.output_dir) / "small-dit")
             with args.main_process_first(desc="writing the small DiT"):
                 if args.process_index == 0:
-                    write_small_dit(source, model_args.image_size, args.seed)
+                    write_small_dit(source, max(model_args.image_size), args.seed)
         # Weights that are trained stay in float32, whatever the file holds; autocast computes in bf16.
         model = DiTForObjectDetection.from_diffusers(
             source,
@@ -222,7 +255,8 @@ def _load_model(
             dtype=torch.float32,
             **overrides,
         )
-        image_processor = DiTDetectionImageProcessor(size=model_args.image_size)
+        height, width = model_args.image_size[0], model_args.image_size[-1]
+        image_processor = DiTDetectionImageProcessor(size={"max_height": height, "max_width": width})
     if model_args.freeze_layers is not None:
         model.freeze_backbone(None if model_args.freeze_layers < 0 else model_args.freeze_layers)
     return model, image_processor

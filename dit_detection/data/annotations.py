@@ -44,7 +44,7 @@ class Annotations:
         self.object_ids: list[int] = []
         self.boxes: list[Sequence[float]] = []  # xywh, original pixels
         self.labels: list[int] = []
-        self.areas: list[float] = []
+        self.areas: list[float] = []  # NaN where the annotations do not say
         self.iscrowd: list[int] = []
 
     def add_image(self, image_id: int, name: str, width: int | None, height: int | None) -> None:
@@ -59,20 +59,21 @@ class Annotations:
         self, row: int, object_id: int, bbox: Any, label: int, area: Any = None, iscrowd: Any = None
     ) -> None:
         """Add an object whose box is made of four numbers; report one whose is not."""
-        where = self.where(row, object_id)
         if not (isinstance(bbox, list | tuple) and len(bbox) == 4 and all(map(is_number, bbox))):
-            self.problems.add("unusable object", where, f'field "bbox" is {bbox!r:.80}, not four numbers')
+            problem = "unusable object", f'field "bbox" is {bbox!r:.80}, not four numbers'
         elif area is not None and not (is_number(area) and 0 <= area < float("inf")):
-            self.problems.add("unusable area", where, f'field "area" is {area!r:.80}')
+            problem = "unusable area", f'field "area" is {area!r:.80}'
         elif iscrowd not in (None, 0, 1):
-            self.problems.add("unusable iscrowd", where, f'field "iscrowd" is {iscrowd!r:.80}')
+            problem = "unusable iscrowd", f'field "iscrowd" is {iscrowd!r:.80}'
         else:
             self.rows.append(row)
             self.object_ids.append(object_id)
             self.boxes.append(bbox)
             self.labels.append(label)
-            self.areas.append(bbox[2] * bbox[3] if area is None else area)
+            self.areas.append(float("nan") if area is None else area)
             self.iscrowd.append(int(iscrowd or 0))
+            return
+        self.problems.add(problem[0], self.where(row, object_id), problem[1])
 
     def drop_image(self, row: int, kind: str, what: str) -> None:
         """Report an image and mark it, so that it is left out with its objects."""
@@ -103,11 +104,14 @@ class Annotations:
 
         Args:
             images (`Dataset`): The column "image" with a row per image.
-            objects (`dict[str, np.ndarray]`): As of `object_columns`, without the invalid ones.
+            objects (`dict[str, np.ndarray]`): As of `object_columns`, without the invalid ones. They are numbered if
+                an id occurs twice: on the Hub, many data sets number the objects of each image.
             class_names (`Sequence[str]`): Names in the order of the labels.
             split (`str`): Name of the split.
         """
         features = detection_features(class_names)
+        if len(np.unique(objects["id"])) < len(objects["id"]):
+            objects = objects | {"id": np.arange(len(objects["id"]))}
         order = np.argsort(objects["row"], kind="stable")
         counts = np.bincount(objects["row"], minlength=len(self.image_ids))
         offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())

@@ -72,7 +72,7 @@ def check_objects(annotations: Annotations) -> dict[str, np.ndarray]:
         annotations (`Annotations`): Its images are checked already.
 
     Returns:
-        `dict[str, np.ndarray]`: As of `Annotations.object_columns`; boxes lie inside their images.
+        `dict[str, np.ndarray]`: As of `Annotations.object_columns`; boxes lie inside their images, areas are known.
     """
     objects = annotations.object_columns()
     problems = annotations.problems
@@ -101,11 +101,15 @@ def check_objects(annotations: Annotations) -> dict[str, np.ndarray]:
             problems.add(kind, where, what)
 
     keep = finite & ~empty & ~(nothing_left if problems.on_invalid == "clip" else outside)
-    slightly = keep & (overshoot > 0) & ~outside
-    if slightly.any():
-        logger.warning("%s: %d boxes cut to their image by up to 1 pixel.", annotations.source, slightly.sum())
-    cut = keep & (overshoot > 0)
-    share = sides.prod(axis=1) / np.where(cut, boxes[:, 2:].prod(axis=1), 1)
-    objects["bbox"] = np.where(cut[:, None], np.concatenate([clipped[:, :2], sides], axis=1), boxes)
-    objects["area"] = np.where(cut, objects["area"] * share, objects["area"])
-    return {field: values[keep] for field, values in objects.items()}
+    objects = {field: values[keep] for field, values in objects.items()}
+    boxes, sides, overshoot = boxes[keep], sides[keep], overshoot[keep]
+    num_slightly = int(((overshoot > 0) & (overshoot <= MAX_OVERSHOOT)).sum())
+    if num_slightly:
+        logger.warning("%s: %d boxes cut to their image by up to 1 pixel.", annotations.source, num_slightly)
+    cut = (overshoot > 0)[:, None]
+    visible = np.where(cut, sides / boxes[:, 2:], 1).prod(axis=1)
+    objects["bbox"] = np.where(cut, np.concatenate([clipped[keep, :2], sides], axis=1), boxes)
+    objects["area"] = np.where(
+        np.isnan(objects["area"]), objects["bbox"][:, 2:].prod(axis=1), objects["area"] * visible
+    )
+    return objects

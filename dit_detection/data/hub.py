@@ -49,8 +49,7 @@ def read_objects_column(
 
     Args:
         dataset (`Dataset`): With the columns that `read_class_names` asks for; `image_id`, `width` and `height` and
-            the objects' `id`, `area` and `iscrowd` are used where they exist. Images without an id are numbered, and
-            so are all objects if an id is missing or occurs twice: nothing refers to them.
+            the objects' `id`, `area` and `iscrowd` are used where they exist. Images without an id are numbered.
         labels (`Mapping`): Label of each value of `category`.
         source (`str`): What messages call it.
         problems (`ProblemLog`): Where everything invalid is reported.
@@ -75,8 +74,6 @@ def read_objects_column(
         seen.add(image_id)
         annotations.add_image(image_id, f"row {row}", width, height)
         _add_objects(annotations, row, _columns(entry["objects"]), labels)
-    if len(set(annotations.object_ids)) < len(annotations.object_ids):
-        annotations.object_ids = list(range(len(annotations.object_ids)))
     return annotations, dataset.select_columns(["image"]).cast_column("image", ImageFeature())
 
 

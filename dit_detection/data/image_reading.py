@@ -1,6 +1,7 @@
 """From an encoded image to 8-bit RGB pixels, the way its annotations see it."""
 
 import io
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 # What Pillow raises on files that are damaged, no image, or so large that they are likely an attack.
-DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 
 ORIENTATION_TAG = 0x0112
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height

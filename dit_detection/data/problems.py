@@ -64,6 +64,11 @@ class ProblemLog:
         if len(self.first) < NUM_SHOWN:
             self.first.append(f"{where}: {what}")
 
+    @property
+    def fatal(self) -> bool:
+        """Whether something was found that cannot be left out."""
+        return any(kind in FATAL for kind in self.counts)
+
     def finish(self) -> None:
         """
         Raise or log what was collected.
@@ -73,8 +78,7 @@ class ProblemLog:
         """
         if not self.counts:
             return
-        fatal = any(kind in FATAL for kind in self.counts)
-        if self.on_invalid != "error" and not fatal:
+        if self.on_invalid != "error" and not self.fatal:
             kinds = ", ".join(f"{count} x {kind}" for kind, count in self.counts.items())
             logger.warning('Left out or clipped (on_invalid="%s"): %s.', self.on_invalid, kinds)
             return
@@ -85,7 +89,7 @@ class ProblemLog:
             lines.append(f"  ... and {total - len(self.first)} more.")
         lines.append("What to do:")
         lines += [f"  {count} x {kind}: {REMEDIES[kind]}" for kind, count in self.counts.items()]
-        if not fatal:
+        if not self.fatal:
             lines.append(
                 'Or leave out what is invalid with on_invalid="drop", or "clip" to also cut boxes to their image.'
             )

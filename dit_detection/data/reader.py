@@ -1,4 +1,5 @@
 from collections.abc import Mapping
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,8 @@ def _read_coco_splits(
         annotations, paths, categories = read_coco(file, image_folders, problems)
         splits[split] = annotations, Dataset.from_dict({"image": paths}, features=Features({"image": ImageFeature()}))
         if first is not None and categories and categories != first[1]:
-            difference = sorted(dict(set(categories.items()) ^ set(first[1].items())).items())
-            what = f'key "categories" is not that of {first[0]}: {difference!r:.200}'
+            here, there = (dict(sorted(a.items() - b.items())) for a, b in permutations((categories, first[1])))
+            what = f'key "categories" has {here!r:.100} where {first[0]} has {there!r:.100}'
             problems.add("categories differ between splits", str(file), what)
         first = first or ((file, categories) if categories else None)
     return splits, list(first[1].values()) if first else []
@@ -154,9 +155,11 @@ def _check_and_convert(
         encoded: Any = images.cast_column("image", ImageFeature(decode=False))["image"]
         check_images(annotations, encoded, check_files)
         checked[split] = check_objects(annotations)
-        if annotations.image_ids and not any(annotations.keep_image):
+        if problems.fatal:
+            continue
+        if not any(annotations.keep_image):
             problems.add("no images", annotations.source, "none of its images can be used")
-        elif split == "train" and annotations.image_ids and not len(checked[split]["row"]):
+        elif split == "train" and not len(checked[split]["row"]):
             problems.add("no objects", annotations.source, "none of its images has a valid object")
     problems.finish()
     return DatasetDict(

@@ -145,10 +145,9 @@ def _draw_objects(
             break
         label = int(rng.integers(len(SHAPES)))
         rings = _place(rng, list(SHAPES.values())[label](rng), image.size)
-        box = _clipped_box(rings[0], image.size)
+        mask, box = _rasterise(rings, image.size)
         if any(_iou(box, other) > MAX_BOX_IOU for _, other in drawn):
             continue
-        mask = _rasterise(rings, image.size)
         covered = np.asarray(mask) > 127
         area = _polygon_area(rings[0]) - sum(_polygon_area(hole) for hole in rings[1:])
         remaining = [(pixels & ~covered, full) for pixels, full in visible] + [(covered, area)]
@@ -172,11 +171,6 @@ def _place(rng: np.random.Generator, rings: list[Array], size: Size) -> list[Arr
     return [ring * scale + centre for ring in rings]
 
 
-def _clipped_box(ring: Array, size: Size) -> list[float]:
-    low, high = ring.min(axis=0).clip(0, size), ring.max(axis=0).clip(0, size)
-    return [*low.tolist(), *high.tolist()]
-
-
 def _iou(first: list[float], second: list[float]) -> float:
     overlap = [max(0.0, min(first[i + 2], second[i + 2]) - max(first[i], second[i])) for i in (0, 1)]
     areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (first, second))
@@ -189,8 +183,8 @@ def _polygon_area(ring: Array) -> float:
     return float(abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2)
 
 
-def _rasterise(rings: list[Array], size: Size) -> Image.Image:
-    """Anti-aliased mask (mode "L") of a shape; only the part of the image around it is supersampled."""
+def _rasterise(rings: list[Array], size: Size) -> tuple[Image.Image, list[float]]:
+    """Anti-aliased mask (mode "L") of a shape; box (xyxy) of its part in the image, to a quarter of a pixel."""
     left, top = np.floor(rings[0].min(axis=0)).clip(0, size).astype(int)
     right, bottom = np.ceil(rings[0].max(axis=0)).clip(0, size).astype(int)
     patch = Image.new("L", ((right - left) * SUPERSAMPLING, (bottom - top) * SUPERSAMPLING))
@@ -200,7 +194,8 @@ def _rasterise(rings: list[Array], size: Size) -> Image.Image:
         draw.polygon([tuple(corner) for corner in (ring - (left, top)) * SUPERSAMPLING - 0.5], fill=fill)
     mask = Image.new("L", size)
     mask.paste(patch.reduce(SUPERSAMPLING), (left, top))
-    return mask
+    box = np.array(patch.getbbox() or (0, 0, 0, 0)) / SUPERSAMPLING + (left, top, left, top)
+    return mask, box.tolist()
 
 
 # Colours and grounds.
@@ -289,7 +284,7 @@ def _draw_clutter(rng: np.random.Generator, image: Image.Image, ground: Array) -
             radii = (1 + lobes) * rng.uniform(0.03, 0.15) * side
             centre = rng.uniform(0, 1, size=2) * image.size
             points = centre + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-            image.paste(colour, mask=_rasterise([points], image.size))
+            image.paste(colour, mask=_rasterise([points], image.size)[0])
 
 
 def _add_camera_noise(rng: np.random.Generator, image: Image.Image) -> Image.Image:

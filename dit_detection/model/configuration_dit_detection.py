@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig
 @strict
 class DiTDetectionConfig(PreTrainedConfig):
     r"""
-    Every number a [`DiTForObjectDetection`] needs. The defaults are DiT-XL/2 cut after its deepest tap, with a
-    RetinaNet-style head on a simple feature pyramid.
+    Every number a [`DiTForObjectDetection`] needs. The defaults are a DiT of XL size on pixels, cut after its deepest
+    tap, with a RetinaNet-style head on a simple feature pyramid.
 
     Args:
         in_channels (`int`): Channels the patch embedding reads: latent channels, or 3 for a DiT on pixels.
@@ -54,8 +54,8 @@ class DiTDetectionConfig(PreTrainedConfig):
 
     model_type = "dit_detection"
 
-    in_channels: int = 4
-    patch_size: int = 2
+    in_channels: int = 3
+    patch_size: int = 16
     pretrained_grid: int = 16
     hidden_size: int = 1152
     num_hidden_layers: int = 18
@@ -68,7 +68,7 @@ class DiTDetectionConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     timestep: int = 50
     condition: int | None = None
-    out_indices: list[int] | tuple[int, ...] | None = None
+    out_indices: list[int] | tuple[int, ...] = ()
 
     latent_encoder: dict[str, Any] | None = None
 
@@ -78,28 +78,28 @@ class DiTDetectionConfig(PreTrainedConfig):
     shared_head_tower: bool = False
     predictor_kernel_size: int = 3
 
-    anchor_sizes: list[list[float]] | None = None
-    aspect_ratios: list[float] | tuple[float, ...] = (0.5, 1.0, 2.0)
+    anchor_sizes: list[list[float | int]] | tuple[list[float | int], ...] = ()
+    aspect_ratios: list[float | int] | tuple[float | int, ...] = (0.5, 1.0, 2.0)
 
     matcher: Literal["atss", "max_iou"] = "atss"
-    foreground_iou: float = 0.5
-    background_iou: float = 0.4
+    foreground_iou: float | int = 0.5
+    background_iou: float | int = 0.4
     allow_low_quality_matches: bool = True
     atss_candidates: int = 9
     class_loss: Literal["focal", "cross_entropy"] = "focal"
-    focal_alpha: float = 0.25
-    focal_gamma: float = 2.0
-    class_weights: list[float] | None = None
+    focal_alpha: float | int = 0.25
+    focal_gamma: float | int = 2.0
+    class_weights: list[float | int] | None = None
     box_loss: Literal["giou", "smooth_l1", "l1"] = "giou"
-    smooth_l1_beta: float = 1.0 / 9.0
-    class_loss_weight: float = 1.0
-    box_loss_weight: float = 2.0
+    smooth_l1_beta: float | int = 1.0 / 9.0
+    class_loss_weight: float | int = 1.0
+    box_loss_weight: float | int = 2.0
     prior_probability: float = 0.01
     max_candidates: int = 1000
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in the derived defaults and refuse what could not run."""
-        if self.out_indices is None:
+        if not self.out_indices:
             depth = self.num_hidden_layers
             self.out_indices = sorted({max(1, round(depth * blocks / 18)) - 1 for blocks in (10, 14, 18)})
         # Lists, not tuples: what JSON gives back, so that a config equals its own reload.
@@ -107,8 +107,9 @@ class DiTDetectionConfig(PreTrainedConfig):
         self.strides = list(self.strides)
         self.head_channels = list(self.head_channels)
         self.aspect_ratios = [float(ratio) for ratio in self.aspect_ratios]
-        if self.anchor_sizes is None:
+        if not self.anchor_sizes:
             self.anchor_sizes = [[4 * stride * 2 ** (octave / 3) for octave in range(3)] for stride in self.strides]
+        self.anchor_sizes = [[float(size) for size in sizes] for sizes in self.anchor_sizes]
         super().__post_init__(**kwargs)
         self._check()
 
@@ -127,6 +128,17 @@ class DiTDetectionConfig(PreTrainedConfig):
         return len(self.anchor_sizes[0]) * len(self.aspect_ratios)
 
     def _check(self) -> None:
+        for name in ("patch_size", "hidden_size", "num_attention_heads", "atss_candidates", "max_candidates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.latent_encoder is not None and self.latent_encoder.get("_class_name") not in (
+            "AutoencoderKL",
+            "AutoencoderTiny",
+        ):
+            raise ValueError(
+                f"latent_encoder['_class_name'] is {self.latent_encoder.get('_class_name')!r}; AutoencoderKL and "
+                f"AutoencoderTiny are supported, or None for a DiT on pixels."
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}."
@@ -140,8 +152,10 @@ class DiTDetectionConfig(PreTrainedConfig):
                 f"{self.num_hidden_layers - 1}: blocks after the deepest tap would never run. Lower num_hidden_layers "
                 f"or tap the last block."
             )
-        if not self.strides or any(
-            fine * 2 != coarse for fine, coarse in zip(self.strides, self.strides[1:], strict=False)
+        if (
+            not self.strides
+            or self.strides[0] < 1
+            or any(fine * 2 != coarse for fine, coarse in zip(self.strides, self.strides[1:], strict=False))
         ):
             raise ValueError(f"strides={self.strides} must double from level to level, such as [8, 16, 32].")
         if self.neck_channels is None and self.strides != [self.token_stride]:
@@ -160,6 +174,8 @@ class DiTDetectionConfig(PreTrainedConfig):
                 f"anchor_sizes must give the same number of sizes for each of the {len(self.strides)} strides, got "
                 f"{self.anchor_sizes}."
             )
+        if not (self.anchor_sizes[0] and self.aspect_ratios):
+            raise ValueError("anchor_sizes and aspect_ratios must each give at least one anchor per cell.")
         if not all(size > 0 for sizes in self.anchor_sizes for size in sizes) or not all(
             r > 0 for r in self.aspect_ratios
         ):
@@ -172,15 +188,9 @@ class DiTDetectionConfig(PreTrainedConfig):
             )
         if not 0 < self.prior_probability < 1:
             raise ValueError(f"prior_probability={self.prior_probability} must lie between 0 and 1.")
-        if self.max_candidates < 1:
-            raise ValueError(f"max_candidates={self.max_candidates} must be at least 1.")
+        if self.predictor_kernel_size < 1 or self.predictor_kernel_size % 2 == 0:
+            raise ValueError(
+                f"predictor_kernel_size={self.predictor_kernel_size} must be odd: one prediction per cell."
+            )
         if self.class_weights is not None and len(self.class_weights) != self.num_labels:
             raise ValueError(f"class_weights has {len(self.class_weights)} entries for num_labels={self.num_labels}.")
-        if self.latent_encoder is not None and self.latent_encoder.get("_class_name") not in (
-            "AutoencoderKL",
-            "AutoencoderTiny",
-        ):
-            raise ValueError(
-                f"latent_encoder['_class_name'] is {self.latent_encoder.get('_class_name')!r}; AutoencoderKL and "
-                f"AutoencoderTiny are supported, or None for a DiT on pixels."
-            )

@@ -141,7 +141,7 @@ def fold_dit(
     depth = source.num_layers
     taps = list(config.out_indices or ())
     condition = source.num_embeds_ada_norm if config.condition is None else config.condition
-    # diffusers computes it in float32 whatever the model's dtype; at timestep 999 the exact one differs by 1e-5.
+    # diffusers computes it in float32 whatever the model's dtype; at timestep 999 the exact one differs by 5e-5.
     sinusoid = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=1)(torch.tensor([config.timestep])).double()
     folded: dict[str, Tensor] = {}
 

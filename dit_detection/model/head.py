@@ -2,6 +2,7 @@
 """Feature maps → class scores and box deltas per anchor. Shape letters: B images, A anchors, C channels, h w cells."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class AnchorHead(nn.Module):
         self.class_predictor.initial_bias = -math.log((1 - config.prior_probability) / config.prior_probability)
         self.box_predictor = Predictor(width, anchors * 4, kernel, padding=kernel // 2)
 
-    def _tower(self, in_channels: int, widths: list[int]) -> nn.Sequential:
+    def _tower(self, in_channels: int, widths: Sequence[int]) -> nn.Sequential:
         layers: list[nn.Module] = []
         for width in widths:
             layers += [nn.Conv2d(in_channels, width, 3, padding=1), group_norm(width), nn.ReLU()]

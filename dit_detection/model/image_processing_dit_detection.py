@@ -25,7 +25,7 @@ from .boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, normalize_boxes, scal
 MAX_BEFORE_NMS = 1000
 
 
-class DiTDetectionImageProcessorKwargs(ImagesKwargs, total=False):
+class DiTDetectionImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     r"""
     nms_threshold (`float`, *optional*, defaults to 0.6):
         Of two detections of one class that overlap by more than this IoU, the lower-scored one is dropped.
@@ -39,12 +39,11 @@ class DiTDetectionImageProcessorKwargs(ImagesKwargs, total=False):
 
 class DiTDetectionImageProcessor(TorchvisionBackend):
     """
-    Fits each image into a fixed canvas: the long side is resized, the rest padded at the bottom and right, pixels scaled
-    to [-1, 1].
+    Fits each image into a fixed canvas: resized by its long side, padded at the bottom and right, pixels in [-1, 1].
 
     A fixed canvas, because then an image's result does not depend on what it is batched with. `size` may be an `int`
-    (a square canvas), `{"max_height", "max_width"}` (any canvas), or another form of transformers' `size`; `pad_size` is
-    the canvas of `size` unless given.
+    (a square canvas), `{"max_height", "max_width"}` (any canvas), or another form of transformers' `size`; `pad_size`
+    is the canvas of `size` unless given.
     """
 
     valid_kwargs = DiTDetectionImageProcessorKwargs
@@ -147,6 +146,14 @@ class DiTDetectionImageProcessor(TorchvisionBackend):
             ]
         return encoded
 
+    def resize(self, image: Tensor, size: SizeDict, resample: Any = None, **kwargs: Any) -> Tensor:
+        """As in transformers, but no side of a very long and thin image becomes 0."""
+        if size.max_height and size.max_width:
+            height, width = image.shape[-2:]
+            scale = min(size.max_height / height, size.max_width / width)
+            size = SizeDict(height=max(1, round(height * scale)), width=max(1, round(width * scale)))
+        return super().resize(image, size, resample, **kwargs)
+
     def post_process_object_detection(
         self,
         outputs: ModelOutput,
@@ -181,7 +188,7 @@ class DiTDetectionImageProcessor(TorchvisionBackend):
                     "Make sure that you pass in as many target sizes as the batch dimension of the logits: got "
                     f"{len(target_sizes)} for {len(scores)} images."
                 )
-            sizes = torch.as_tensor(target_sizes).to(boxes)
+            sizes = torch.stack([torch.as_tensor(size) for size in target_sizes]).to(boxes)
         nms_threshold = self.nms_threshold if nms_threshold is None else nms_threshold
         max_detections = self.max_detections if max_detections is None else max_detections
 
@@ -200,7 +207,7 @@ class DiTDetectionImageProcessor(TorchvisionBackend):
 
 
 def _as_labels(
-    annotation: dict[str, Any], original_size: tuple[int, int], new_size: tuple[int, int]
+    annotation: dict[str, Any], original_size: tuple[int, ...], new_size: tuple[int, ...]
 ) -> dict[str, Tensor]:
     """One image's COCO annotation → the labels that the model and the metric read."""
     objects = annotation["annotations"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 class LatentEncoder(nn.Module):
     """
-    The encoder half of a diffusers `AutoencoderKL` or `AutoencoderTiny`: frozen, always in eval mode, without autograd.
+    The encoder half of a diffusers `AutoencoderKL` or `AutoencoderTiny`: frozen, in eval mode, without autograd.
 
     Args:
         config (`dict`): The autoencoder's diffusers config, with its `_class_name`.
@@ -48,11 +48,12 @@ class LatentEncoder(nn.Module):
             self.quant_conv = (
                 nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if has_quant_conv else nn.Identity()
             )
-        self.requires_grad_(False)
         self.eval()
 
     def train(self, mode: bool = True) -> "LatentEncoder":
-        """Stays in eval mode: the latents are the input that the DiT knows, not something to train."""
+        """Stays frozen and in eval mode: the latents are the input that the DiT knows, not something to train."""
+        # Here, not in __init__: `from_pretrained` (transformers 5.23) makes every weight trainable, then calls `eval`.
+        self.requires_grad_(False)
         return super().train(False)
 
     @torch.no_grad()

@@ -130,10 +130,19 @@ class AnchorMatcher:
         return torch.cat(candidates, dim=1)
 
     def _adopt_orphans(self, matched: Tensor, anchors: Tensor, boxes: Tensor, valid: Tensor) -> Tensor:
-        """Give each object without an anchor the free anchor that it overlaps most, if it overlaps any."""
+        """
+        Give each object without an anchor the free anchor that it overlaps most, if it overlaps any.
+
+        Those with the best chance choose first, so the order of the objects does not matter.
+        """
         has_anchor = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
         has_anchor[matched[matched >= 0]] = True
-        for orphan in (~has_anchor).nonzero().squeeze(1):
+        orphans = (~has_anchor).nonzero().squeeze(1)
+        free = valid & (matched < 0)
+        chances = [iou.amax(dim=1) for _, iou in _chunked_iou(boxes[orphans], anchors, free)]
+        if chances:
+            orphans = orphans[torch.cat(chances).argsort(descending=True)]
+        for orphan in orphans:
             iou = box_iou(boxes[orphan][None], anchors)[0]
             iou = iou.masked_fill(~valid | (matched >= 0), 0)
             best = iou.argmax()

@@ -5,7 +5,6 @@ An object detector on a Diffusion Transformer (DiT, Peebles & Xie), not Microsof
 Shape letters: B images, A anchors, K candidates, M objects, N tokens, D width, H W pixels.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,13 +37,14 @@ class DiTDetectionModelOutput(ModelOutput):
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(B, N, D)`): Output of the deepest tapped block.
-        feature_maps (`tuple[torch.FloatTensor]`): Tapped maps, normalised, each `(B, D, h, w)`, shallow to deep.
+        feature_maps (`torch.FloatTensor` of shape `(B, T, D, h, w)`): The T tapped maps, normalised, shallow to deep.
+            One tensor, because pipelines take a batch of outputs apart along the first axis of every field.
         hidden_states (`tuple[torch.FloatTensor]`, *optional*): The embedding, then each block's output, `(B, N, D)`.
-        attentions (`tuple[torch.FloatTensor]`, *optional*): Each block's weights `(B, heads, N, N)`; eager attention only.
+        attentions (`tuple[torch.FloatTensor]`, *optional*): Each block's weights `(B, heads, N, N)`; eager only.
     """
 
     last_hidden_state: Tensor | None = None
-    feature_maps: tuple[Tensor, ...] | None = None
+    feature_maps: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -58,8 +58,8 @@ class DiTObjectDetectionOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`, *optional*, with `labels`): The sum of `loss_dict`. In training per
             matched anchor of the whole batch, over all processes; in eval mode the mean of `loss_per_image`.
         loss_dict (`dict[str, torch.FloatTensor]`, *optional*, with `labels`): `loss_class` and `loss_bbox`, weighted.
-        logits (`torch.FloatTensor` of shape `(B, K, num_labels)`): One score per class, before the sigmoid; there is no
-            "no object" column. In training all anchors; in eval mode the best `config.max_candidates`, best first.
+        logits (`torch.FloatTensor` of shape `(B, K, num_labels)`): One score per class, before the sigmoid, without a
+            "no object" column. In training all anchors; in eval mode at most the best `config.max_candidates`.
         pred_boxes (`torch.FloatTensor` of shape `(B, K, 4)`): cxcywh in [0, 1], relative to the image *without* its
             padding, float32.
         loss_per_image (`torch.FloatTensor` of shape `(B,)`, *optional*, in eval mode with `labels`): Each image's loss
@@ -98,7 +98,7 @@ class DiTDetectionPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if hasattr(module, "init_own_weights"):
-            module.init_own_weights()
+            module.init_own_weights()  # type: ignore[operator]
 
     def get_input_embeddings(self) -> nn.Module:
         """The patch embedding."""
@@ -129,7 +129,7 @@ class DiTDetectionModel(DiTDetectionPreTrainedModel):
             pixel_values = F.pad(pixel_values, (0, -width % stride, 0, -height % stride))
         latents = pixel_values if self.latent_encoder is None else self.latent_encoder(pixel_values)
         last_hidden_state, feature_maps = self.backbone(latents, **kwargs)
-        return DiTDetectionModelOutput(last_hidden_state=last_hidden_state, feature_maps=feature_maps)
+        return DiTDetectionModelOutput(last_hidden_state=last_hidden_state, feature_maps=torch.stack(feature_maps, 1))
 
 
 class DiTForObjectDetection(DiTDetectionPreTrainedModel):
@@ -153,7 +153,7 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
         timestep: int = 50,
         condition: int | None = None,
         id2label: dict[int, str] | None = None,
-        out_indices: Sequence[int] | None = None,
+        out_indices: list[int] | tuple[int, ...] | None = None,
         dtype: torch.dtype | None = None,
         **config: Any,
     ) -> "DiTForObjectDetection":
@@ -232,8 +232,8 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
                 relative to the image without padding; optionally `iscrowd` `(M,)`, and `size` `(2,)`, the image's
                 (height, width) on the canvas, which counts where there is no `pixel_mask`.
         """
-        features: DiTDetectionModelOutput = self.model(pixel_values, **kwargs)
-        feature_maps = self.neck(features.feature_maps)
+        features: DiTDetectionModelOutput = self.model(pixel_values, return_dict=True, **kwargs)
+        feature_maps = self.neck(features.feature_maps.unbind(1))
         logits, deltas = self.head(feature_maps)  # (B, A, num_labels), (B, A, 4)
 
         shapes = [feature_map.shape[-2:] for feature_map in feature_maps]

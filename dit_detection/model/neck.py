@@ -44,7 +44,7 @@ class SimpleFeaturePyramid(nn.Module):
 
     def __init__(self, config: DiTDetectionConfig) -> None:
         super().__init__()
-        width = config.neck_channels
+        width = config.neck_channels or config.hidden_size
         self.projections = nn.ModuleList(
             nn.Sequential(nn.Conv2d(config.hidden_size, width, 1), group_norm(width)) for _ in config.out_indices
         )

@@ -1,0 +1,72 @@
+import os
+
+# Before anything of Hugging Face is imported: no test may reach for the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+# Tiny tensors: handing them to several threads costs more than it gives, and other processes may share the cores.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_config():
+    """Makes configs of a detector on 64 x 64 pixels: 2 blocks, width 32, 16-pixel patches, levels 8 to 32, 3 classes."""
+    from dit_detection import DiTDetectionConfig
+
+    def make(**overrides):
+        fields = {
+            "in_channels": 3,
+            "patch_size": 16,
+            "pretrained_grid": 4,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "neck_channels": 16,
+            "strides": [8, 16, 32],
+            "head_channels": [16],
+            "num_labels": 3,
+        }
+        return DiTDetectionConfig(**(fields | overrides))
+
+    return make
+
+
+@pytest.fixture
+def tiny_model(tiny_config):
+    """Makes detectors with weights that are the same every time and large enough that no fault hides in zeros."""
+    from dit_detection import DiTForObjectDetection
+
+    def make(**overrides):
+        attention = overrides.pop("attn_implementation", "sdpa")
+        torch.manual_seed(0)
+        config = tiny_config(**overrides)
+        config._attn_implementation = attention
+        model = DiTForObjectDetection(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "latent_encoder" not in name:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def random_labels():
+    """Makes labels of one image: `count` random boxes that lie inside it."""
+
+    def make(count, seed=0, num_labels=3, **extra):
+        generator = torch.Generator().manual_seed(seed)
+        sides = torch.rand(count, 2, generator=generator) * 0.4 + 0.05
+        centers = sides / 2 + torch.rand(count, 2, generator=generator) * (1 - sides)
+        return {
+            "class_labels": torch.randint(num_labels, (count,), generator=generator),
+            "boxes": torch.cat([centers, sides], dim=1),
+            **extra,
+        }
+
+    return make
