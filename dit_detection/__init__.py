@@ -43,7 +43,7 @@ AutoModelForObjectDetection.register(DiTDetectionConfig, DiTForObjectDetection, 
 AutoImageProcessor.register(
     DiTDetectionConfig, image_processor_classes={"torchvision": DiTDetectionImageProcessor}, exist_ok=True
 )
-# `pipeline("object-detection")` runs any registered model, but reports those whose class is not in this list as errors.
+# `pipeline("object-detection")` runs any registered model, but logs an error for a class that is not in this list.
 MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["dit_detection"] = "DiTForObjectDetection"
 
 # What makes `save_pretrained` and `push_to_hub` copy the code of `model/` beside the weights.

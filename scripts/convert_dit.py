@@ -5,7 +5,10 @@ A DiT checkpoint of diffusers → a detector whose neck and head are yet to be t
     python scripts/convert_dit.py path/to/transformer dit-detector --vae stabilityai/sd-vae-ft-mse --dtype bfloat16
 """
 
-from dit_detection.commands.convert import main
+import sys
 
 if __name__ == "__main__":
+    sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
+    from dit_detection.commands.convert import main
+
     main()

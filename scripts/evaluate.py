@@ -5,7 +5,10 @@ A detector on annotated images → COCO metrics.
     accelerate launch scripts/evaluate.py my-detector --dataset path/to/coco --split validation --output metrics.json
 """
 
-from dit_detection.commands.evaluate import main
+import sys
 
 if __name__ == "__main__":
+    sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
+    from dit_detection.commands.evaluate import main
+
     main()

@@ -5,7 +5,10 @@ A detector on images → boxes as JSON, and pictures.
     python scripts/predict.py my-detector folder/of/images --output_dir out --threshold 0.5
 """
 
-from dit_detection.commands.predict import main
+import sys
 
 if __name__ == "__main__":
+    sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
+    from dit_detection.commands.predict import main
+
     main()

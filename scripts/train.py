@@ -8,7 +8,10 @@ Annotated images → a trained detector, its mAP, and pictures of what it sees.
 The first trains a small DiT with random weights on shapes that the library draws. `--help` lists all options.
 """
 
-from dit_detection.commands.train import main
+import sys
 
 if __name__ == "__main__":
+    sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
+    from dit_detection.commands.train import main
+
     main()

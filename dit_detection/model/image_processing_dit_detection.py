@@ -219,7 +219,7 @@ def _as_labels(
         if not all(math.isfinite(value) for value in (x, y, w, h)) or not is_inside:
             raise ValueError(
                 f"Object {index} of image_id {annotation['image_id']}: bbox {list(item['bbox'])} has no area inside "
-                f"the image of {width} x {height} pixels. Expected (x, y, width, height) in original pixels, both sides "
+                f"the image of {width} x {height} pixels. Expected (x, y, width, height) in original pixels, sides "
                 f"above 0: correct it or leave the object out."
             )
         boxes[index] = torch.tensor([x, y, x + w, y + h], dtype=torch.float64)

@@ -1,0 +1,714 @@
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
+from transformers.image_processing_utils import BatchFeature
+
+from dit_detection import (
+    DiTDetectionConfig,
+    DiTDetectionImageProcessor,
+    DiTDetectionModel,
+    DiTForObjectDetection,
+    DiTObjectDetectionOutput,
+)
+from dit_detection.model.anchors import make_anchors
+from dit_detection.model.box_coder import BoxCoder
+
+# Halves each side twice, so that 4 x 4 latent cells are a token of 16 pixels.
+LATENTS = {
+    "latent_encoder": {
+        "_class_name": "AutoencoderKL",
+        "in_channels": 3,
+        "latent_channels": 4,
+        "block_out_channels": [8, 8, 8],
+        "down_block_types": ["DownEncoderBlock2D"] * 3,
+        "layers_per_block": 1,
+        "act_fn": "silu",
+        "norm_num_groups": 4,
+        "scaling_factor": 0.18215,
+    },
+    "in_channels": 4,
+    "patch_size": 4,
+}
+NUM_ANCHORS = 9 * (8 * 8 + 4 * 4 + 2 * 2)  # of 64 x 64 pixels
+PRIOR_BIAS = -math.log(0.99 / 0.01)
+
+
+def pixels(batch_size=2, height=64, width=64, seed=0):
+    return torch.randn(batch_size, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def masks(*sizes, height=64, width=64):
+    mask = torch.zeros(len(sizes), height, width, dtype=torch.int64)
+    for row, (h, w) in zip(mask, sizes, strict=True):
+        row[:h, :w] = 1
+    return mask
+
+
+def labels_of(boxes, class_labels=None, **extra):
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    class_labels = [0] * len(boxes) if class_labels is None else class_labels
+    return {"boxes": boxes, "class_labels": torch.tensor(class_labels, dtype=torch.int64), **extra}
+
+
+def assert_same_outputs(one, other, **tolerance):
+    for key in ("logits", "pred_boxes"):
+        torch.testing.assert_close(getattr(one, key), getattr(other, key), **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+# the shape of a transformers model
+
+
+def test_registered_with_the_auto_classes(tiny_config):
+    config = tiny_config()
+    assert type(AutoConfig.for_model("dit_detection")) is DiTDetectionConfig
+    assert type(AutoModelForObjectDetection.from_config(config)) is DiTForObjectDetection
+    assert type(AutoModel.from_config(config)) is DiTDetectionModel
+    assert DiTForObjectDetection.config_class is DiTDetectionConfig
+    names = {type(module).__name__ for module in AutoModelForObjectDetection.from_config(config).modules()}
+    assert set(DiTForObjectDetection._no_split_modules) - names == {"LatentEncoder"}  # a DiT on pixels has none
+
+
+def test_outputs_and_their_order(tiny_model, random_labels):
+    model = tiny_model()
+    assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
+    labels = [random_labels(3), random_labels(0)]
+    outputs = model(pixels(), labels=labels)
+    assert isinstance(outputs, DiTObjectDetectionOutput)
+    # Trainer and the official scripts go by position.
+    assert list(outputs)[:4] == ["loss", "loss_dict", "logits", "pred_boxes"]
+    assert list(DiTObjectDetectionOutput.__dataclass_fields__)[:4] == ["loss", "loss_dict", "logits", "pred_boxes"]
+    assert outputs.loss.shape == ()
+    assert list(outputs.loss_dict) == ["loss_class", "loss_bbox"]
+    assert outputs.logits.shape == (2, NUM_ANCHORS, 3)
+    assert outputs.pred_boxes.shape == (2, NUM_ANCHORS, 4)
+    assert outputs.last_hidden_state.shape == (2, 16, 32)
+    assert outputs.hidden_states is None
+    assert ((outputs.pred_boxes >= 0) & (outputs.pred_boxes <= 1)).all()
+    without = model(pixels())
+    assert list(without) == ["logits", "pred_boxes", "last_hidden_state"]
+    assert_same_outputs(outputs, without)
+    # As `pipeline` builds it anew.
+    rebuilt = DiTObjectDetectionOutput({"target_size": torch.tensor([[1, 1]]), **without})
+    assert torch.equal(rebuilt.logits, without.logits)
+
+
+def test_loss_is_the_sum_of_its_parts_in_both_modes(tiny_model, random_labels):
+    model = tiny_model()
+    labels = [random_labels(3), random_labels(5, seed=1)]
+    outputs = model(pixels(), labels=labels)
+    torch.testing.assert_close(outputs.loss, sum(outputs.loss_dict.values()))
+    torch.testing.assert_close(outputs.loss, outputs.loss_per_image.mean())
+    for index in range(2):
+        alone = model(pixels()[index : index + 1], labels=labels[index : index + 1])
+        torch.testing.assert_close(alone.loss, outputs.loss_per_image[index], rtol=1e-5, atol=1e-6)
+    trained = model.train()(pixels(), labels=labels)
+    torch.testing.assert_close(trained.loss, sum(trained.loss_dict.values()))
+    assert trained.loss_per_image is None
+    assert not torch.equal(trained.loss, outputs.loss)  # per matched anchor of the batch, not of each image
+
+
+def test_return_dict_false_by_argument_and_by_config(tiny_model):
+    model = tiny_model()
+    expected = model(pixels())
+    results = [model(pixels(), return_dict=False)]
+    model.config.return_dict = False
+    results.append(model(pixels()))
+    assert isinstance(model(pixels(), return_dict=True), DiTObjectDetectionOutput)
+    for result in results:
+        assert isinstance(result, tuple)
+        assert torch.equal(result[0], expected.logits)
+        assert torch.equal(result[1], expected.pred_boxes)
+
+
+@pytest.mark.parametrize("how", ["argument", "config"])
+def test_hidden_states_are_the_embedding_and_every_blocks_output(tiny_model, how):
+    model = tiny_model(num_hidden_layers=3, attn_implementation="eager")
+    flags = {"output_hidden_states": True, "output_attentions": True}
+    if how == "config":
+        for name, value in flags.items():
+            setattr(model.config, name, value)
+        flags = {}
+    outputs = model(pixels(height=48), **flags)
+    backbone = model.model.backbone
+    expected = [backbone.patch_embedding(pixels(height=48))]
+    for layer in backbone.layers:
+        expected.append(layer(expected[-1]))
+    assert len(outputs.hidden_states) == 4
+    for ours, theirs in zip(outputs.hidden_states, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(outputs.hidden_states[-1], outputs.last_hidden_state)
+    assert len(outputs.attentions) == 3
+    for weights in outputs.attentions:
+        assert weights.shape == (2, 4, 12, 12)
+        torch.testing.assert_close(weights.sum(dim=3), torch.ones(2, 4, 12))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eager_is_sdpa(tiny_model, dtype):
+    model = tiny_model(attn_implementation="eager").to(dtype)
+    eager = model(pixels(width=96))
+    model.set_attn_implementation("sdpa")
+    assert model.model.backbone.layers[0].attention.config._attn_implementation == "sdpa"
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    sdpa = model(pixels(width=96))
+    torch.testing.assert_close(sdpa.last_hidden_state, eager.last_hidden_state, rtol=tolerance, atol=tolerance)
+    if dtype == torch.float32:
+        assert_same_outputs(sdpa, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_input_embeddings_and_deepcopy(tiny_model):
+    model = tiny_model()
+    assert model.get_input_embeddings() is model.model.backbone.patch_embedding
+    assert model.model.get_input_embeddings() is model.model.backbone.patch_embedding
+    expected = model(pixels())
+    twin = copy.deepcopy(model)
+    assert_same_outputs(twin(pixels()), expected)
+    with torch.no_grad():
+        twin.model.backbone.layers[0].scale1.weight.add_(1)
+    assert_same_outputs(model(pixels()), expected)
+
+
+# candidates, sizes, padding
+
+
+def test_eval_keeps_the_best_candidates_and_training_all(tiny_model):
+    model = tiny_model(max_candidates=10)
+    outputs, everything = model(pixels()), model.train()(pixels())
+    assert everything.logits.shape == (2, NUM_ANCHORS, 3)
+    assert outputs.logits.shape == (2, 10, 3)
+    for image in range(2):
+        best = everything.logits[image].amax(dim=1).argsort(descending=True)[:10]
+        assert torch.equal(outputs.logits[image], everything.logits[image, best])
+        torch.testing.assert_close(outputs.pred_boxes[image], everything.pred_boxes[image, best])
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (50, 70), (33, 129), (16, 16), (7, 9)])
+@pytest.mark.parametrize("overrides", [{}, LATENTS], ids=["pixels", "latents"])
+def test_any_height_and_width(tiny_model, random_labels, height, width, overrides):
+    model = tiny_model(**overrides).train()
+    outputs = model(pixels(height=height, width=width), labels=[random_labels(2), random_labels(0)])
+    tokens = math.ceil(height / 16) * math.ceil(width / 16)
+    assert outputs.last_hidden_state.shape == (2, tokens, 32)
+    outputs.loss.backward()
+    assert torch.isfinite(outputs.loss)
+    # What is missing to whole tokens is padding: the same image on a canvas of whole tokens gives the same.
+    canvas = torch.zeros(2, 3, height + -height % 16, width + -width % 16)
+    canvas[:, :, :height, :width] = pixels(height=height, width=width)
+    mask = masks((height, width), (height, width), height=canvas.shape[2], width=canvas.shape[3])
+    assert_same_outputs(model(canvas, pixel_mask=mask), outputs)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"max_candidates": 20}])
+def test_padding_never_scores(tiny_model, overrides):
+    model = tiny_model(**overrides)
+    outputs = model(pixels(), pixel_mask=masks((64, 20), (13, 64)))
+    scored = outputs.logits.sigmoid().amax(dim=2) > 0
+    assert scored.any(dim=1).all()
+    anchors = make_anchors([(8, 8), (4, 4), (2, 2)], [8, 16, 32], model.config.anchor_sizes, [0.5, 1.0, 2.0])
+    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+    in_image = ((centers[:, 0] < 20).sum(), (centers[:, 1] < 13).sum())
+    if overrides:
+        assert scored.all()
+    else:
+        assert scored.sum(dim=1).tolist() == [int(count) for count in in_image]
+        assert torch.equal(scored[0], centers[:, 0] < 20)
+        assert torch.equal(scored[1], centers[:, 1] < 13)
+    assert torch.isfinite(outputs.logits).all()
+
+
+def test_an_image_without_a_single_cell_centre_is_empty_not_an_error(tiny_model, random_labels):
+    model = tiny_model().train()
+    outputs = model(pixels(), pixel_mask=masks((64, 64), (2, 64)), labels=[random_labels(1), random_labels(1)])
+    assert torch.isfinite(outputs.loss)
+    assert (outputs.logits[1].sigmoid() == 0).all()
+
+
+def test_a_padded_batch_gives_each_image_its_own_result(tiny_model, random_labels):
+    model = tiny_model(**LATENTS)
+    sizes, labels = [(64, 40), (24, 64), (64, 64)], [random_labels(2), random_labels(0), random_labels(7)]
+    images, mask = pixels(3), masks(*sizes)
+    images = images * mask[:, None]
+    together = model(images, pixel_mask=mask, labels=labels)
+    for index in range(3):
+        here = slice(index, index + 1)
+        alone = model(images[here], pixel_mask=mask[here], labels=labels[here])
+        torch.testing.assert_close(together.logits[here], alone.logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(together.pred_boxes[here], alone.pred_boxes, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(together.loss_per_image[index], alone.loss, rtol=1e-5, atol=1e-5)
+
+
+def test_sizes_come_from_the_mask_or_the_labels_or_the_canvas(tiny_model, random_labels):
+    model = tiny_model()
+    sizes = [(64, 40), (24, 64)]
+    sized = [random_labels(3, size=torch.tensor(sizes[0])), random_labels(2, seed=1, size=torch.tensor(sizes[1]))]
+    plain = [{key: image_labels[key] for key in ("boxes", "class_labels")} for image_labels in sized]
+    by_mask = model(pixels(), pixel_mask=masks(*sizes), labels=plain)
+    by_labels = model(pixels(), labels=sized)
+    by_both = model(pixels(), pixel_mask=masks(*sizes), labels=[random_labels(3, size=torch.tensor([9, 9]))] + plain[1:])
+    by_canvas, by_full_mask = model(pixels(), labels=plain), model(pixels(), pixel_mask=masks(*[(64, 64)] * 2))
+    assert_same_outputs(by_mask, by_labels)
+    assert torch.equal(by_mask.loss, by_labels.loss)
+    assert torch.equal(by_mask.loss, by_both.loss)  # the mask counts first
+    assert_same_outputs(by_canvas, by_full_mask)
+    assert not torch.equal(by_mask.pred_boxes, by_canvas.pred_boxes)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"box_loss": "l1"}, {"matcher": "max_iou"}])
+def test_a_perfect_head_gives_the_annotated_boxes_back(tiny_model, monkeypatch, overrides):
+    # Four shapes of image on one canvas, from pixels to pixels: within 1 pixel of the annotation.
+    model, processor = tiny_model(**overrides), DiTDetectionImageProcessor(size=64)
+    rng = np.random.default_rng(0)
+    shapes = [(480, 640), (640, 200), (100, 777), (64, 64)]
+    images = [rng.integers(0, 255, (*shape, 3), dtype=np.uint8) for shape in shapes]
+    annotations = []
+    for index, (height, width) in enumerate(shapes):
+        boxes = [[0.1, 0.1, 0.3, 0.4], [0.5, 0.2, 0.45, 0.7], [0.0, 0.6, 0.35, 0.4]]  # xywh, of the image's sides
+        objects = [
+            {"bbox": [x * width, y * height, w * width, h * height], "category_id": category}
+            for category, (x, y, w, h) in enumerate(boxes)
+        ]
+        annotations.append({"image_id": index, "annotations": objects})
+    inputs = processor(images, annotations=annotations, return_tensors="pt")
+
+    anchors = make_anchors([(8, 8), (4, 4), (2, 2)], [8, 16, 32], model.config.anchor_sizes, [0.5, 1.0, 2.0])
+    logits, deltas = torch.full((4, NUM_ANCHORS, 3), -20.0), torch.zeros(4, NUM_ANCHORS, 4)
+    for image, image_labels in enumerate(inputs["labels"]):
+        height, width = image_labels["size"].tolist()
+        centers, sides = image_labels["boxes"][:, :2], image_labels["boxes"][:, 2:]
+        boxes = torch.cat([centers - sides / 2, centers + sides / 2], dim=1)
+        boxes *= torch.tensor([width, height, width, height])
+        valid = ((anchors[:, :2] + anchors[:, 2:]) / 2 < torch.tensor([width, height])).all(dim=1)
+        matched = model.detection_loss.matcher(
+            anchors, [9 * 64, 9 * 16, 9 * 4], boxes, torch.zeros(3, dtype=torch.bool), valid
+        )
+        found = (matched >= 0).nonzero().squeeze(1)
+        assert set(matched[found].tolist()) == {0, 1, 2}
+        deltas[image, found] = BoxCoder().encode(boxes[matched[found]], anchors[found])
+        logits[image, found, image_labels["class_labels"][matched[found]]] = 20.0
+    monkeypatch.setattr(model.head, "forward", lambda maps: (logits, deltas))
+    outputs = model(**inputs)
+    assert outputs.loss < 1e-3
+    results = processor.post_process_object_detection(outputs, 0.5, shapes)
+    for result, annotation in zip(results, annotations, strict=True):
+        assert sorted(result["labels"].tolist()) == [0, 1, 2]
+        for label, box in zip(result["labels"].tolist(), result["boxes"], strict=True):
+            x, y, w, h = annotation["annotations"][label]["bbox"]
+            torch.testing.assert_close(box, torch.tensor([x, y, x + w, y + h]), atol=0.1, rtol=0)
+
+
+# training
+
+LABEL_CASES = {
+    "objects": [labels_of([[0.5, 0.5, 0.4, 0.4], [0.2, 0.3, 0.1, 0.2]], [0, 2]), labels_of([[0.7, 0.7, 0.5, 0.5]])],
+    "an image without objects": [labels_of([[0.5, 0.5, 0.4, 0.4]]), labels_of([])],
+    "no objects at all": [labels_of([]), labels_of([])],
+    "no anchor touched": [labels_of([[9.0, 9, 0.1, 0.1]]), labels_of([[-5.0, 0.5, 0.1, 0.1]])],
+    "crowds only": [labels_of([[0.5, 0.5, 1, 1]], iscrowd=torch.tensor([1])), labels_of([], iscrowd=torch.tensor([]))],
+    "out of the image": [labels_of([[0.5, 0.5, 9, 9], [1.0, 1, 0.5, 0.5]]), labels_of([[0.0, 0, 1, 1]])],
+    "without area": [labels_of([[0.5, 0.5, 0, 0.1], [0.2, 0.2, 0, 0]]), labels_of([[1.0, 1, 0, 0]])],
+    "2000 objects": [
+        labels_of(torch.rand(2000, 4, generator=torch.Generator().manual_seed(0)).tolist()),
+        labels_of([]),
+    ],
+}
+
+
+@pytest.mark.parametrize("case", LABEL_CASES)
+@pytest.mark.parametrize("box_loss", ["giou", "smooth_l1"])
+def test_every_parameter_gets_a_finite_gradient_in_every_case(tiny_model, case, box_loss):
+    model = tiny_model(box_loss=box_loss, matcher="max_iou" if case == "2000 objects" else "atss").train()
+    images, labels = pixels(), LABEL_CASES[case]
+    before = copy.deepcopy((images, labels))
+    outputs = model(images, labels=labels, pixel_mask=masks((64, 64), (64, 50)))
+    outputs.loss.backward()
+    assert torch.isfinite(outputs.loss)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+    assert torch.equal(images, before[0])
+    for image_labels, old in zip(labels, before[1], strict=True):
+        assert all(torch.equal(image_labels[key], old[key]) for key in old)
+
+
+def test_labels_may_be_batch_features_with_all_their_keys(tiny_model, random_labels):
+    model = tiny_model()
+    plain = [random_labels(2), random_labels(1)]
+    extra = {"image_id": torch.tensor([7]), "area": torch.ones(2), "orig_size": torch.tensor([9, 9])}
+    full = [BatchFeature({**image_labels, **extra}) for image_labels in plain]
+    assert torch.equal(model(pixels(), labels=full).loss, model(pixels(), labels=plain).loss)
+
+
+def saved_tensors(module, *inputs):
+    """How many tensors a forward pass keeps for the backward pass."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(1) or tensor, lambda tensor: tensor):
+        module(*inputs)
+    return len(saved)
+
+
+def test_freezing_saves_what_the_backward_pass_would_need(tiny_model, random_labels):
+    model = tiny_model(num_hidden_layers=3, out_indices=[2]).train()
+    backbone = model.model.backbone
+    layer_alone = saved_tensors(backbone.layers[2], torch.randn(2, 16, 32))
+    norm_alone = saved_tensors(backbone.tap_norms[0], torch.randn(2, 16, 32))
+    everything = saved_tensors(model.model, pixels())
+    model.freeze_backbone(2)
+    assert saved_tensors(model.model, pixels()) == pytest.approx(layer_alone + norm_alone, abs=3)
+    assert everything > 2.5 * layer_alone
+    model(pixels(), labels=[random_labels(2)] * 2).loss.backward()
+    frozen = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    prefixes = ("model.backbone.patch_embedding.", "model.backbone.layers.0.", "model.backbone.layers.1.")
+    assert frozen == {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+    model.freeze_backbone()
+    assert saved_tensors(model.model, pixels()) == norm_alone
+    assert saved_tensors(backbone.layers[2], backbone.patch_embedding(pixels())) == 0
+    model.unfreeze_backbone()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert saved_tensors(model.model, pixels()) == everything
+
+
+def test_freezing_is_counted_from_the_first_block_and_checked(tiny_model):
+    model = tiny_model()
+    model.freeze_backbone()
+    model.freeze_backbone(0)  # trains every block again; the embedding stays frozen
+    assert all(parameter.requires_grad for parameter in model.model.backbone.layers.parameters())
+    assert not any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters())
+    for wrong in (-1, 3):
+        with pytest.raises(ValueError, match=f"num_layers={wrong} must lie between 0 and 2"):
+            model.freeze_backbone(wrong)
+
+
+def test_the_latent_encoder_never_trains(tiny_model, random_labels, tmp_path):
+    model = tiny_model(**LATENTS)
+    model.save_pretrained(tmp_path)
+    for candidate in (model, DiTForObjectDetection.from_pretrained(tmp_path), copy.deepcopy(model)):
+        candidate.train()
+        candidate.unfreeze_backbone()
+        encoder = candidate.model.latent_encoder
+        assert not any(parameter.requires_grad for parameter in encoder.parameters())
+        assert not any(module.training for module in encoder.modules())
+        candidate(pixels(), labels=[random_labels(2)] * 2).loss.backward()
+        assert all(parameter.grad is None for parameter in encoder.parameters())
+        assert all(p.grad is not None for name, p in candidate.named_parameters() if "latent_encoder" not in name)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_equal_gradients(tiny_model, random_labels, use_reentrant):
+    def gradients(model):
+        model.train()
+        model(pixels(), labels=[random_labels(3), random_labels(1)]).loss.backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    expected = gradients(tiny_model())
+    model = tiny_model()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    assert all(layer.gradient_checkpointing for layer in model.model.backbone.layers)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+# precision and compilation
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("overrides", [{}, LATENTS], ids=["pixels", "latents"])
+def test_half_precision(tiny_model, random_labels, dtype, overrides):
+    model = tiny_model(**overrides)
+    exact = model(pixels(), pixel_mask=masks((64, 40), (24, 64)))
+    half = model.to(dtype)(pixels(), pixel_mask=masks((64, 40), (24, 64)))  # float32 pixels are cast
+    assert half.logits.dtype == dtype
+    assert half.pred_boxes.dtype == torch.float32
+    assert torch.isfinite(half.logits).all()
+    scores, expected = half.logits.float().sigmoid(), exact.logits.sigmoid()
+    assert (scores - expected).abs().mean() < 0.02
+    results = DiTDetectionImageProcessor(size=64).post_process_object_detection(half, 0.1)
+    assert all(result["scores"].dtype == result["boxes"].dtype == torch.float32 for result in results)
+    if dtype == torch.bfloat16:
+        outputs = model.train()(pixels(), labels=[random_labels(3), random_labels(0)])
+        outputs.loss.backward()
+        assert outputs.loss.dtype == torch.float32
+        assert torch.isfinite(outputs.loss)
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+
+
+def test_compiles_into_one_graph(tiny_model):
+    model = tiny_model(max_candidates=50)
+    with torch.no_grad():
+        expected = model(pixels(), pixel_mask=masks((64, 40), (24, 64)))
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert_same_outputs(compiled(pixels(), pixel_mask=masks((64, 40), (24, 64))), expected, rtol=1e-5, atol=1e-5)
+    torch.compiler.reset()
+
+
+# a head by configuration alone
+
+
+def test_the_classic_single_scale_head_by_config_alone(tiny_model, random_labels):
+    model = tiny_model(
+        neck_channels=None,
+        strides=[16],
+        head_channels=[16, 8],  # hidden_size / 2 and / 4
+        shared_head_tower=True,
+        predictor_kernel_size=1,
+    ).train()
+    convolutions = [
+        (name, module.in_channels, module.out_channels, module.kernel_size[0])
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and name.startswith(("neck.", "head."))
+    ]
+    assert convolutions == [
+        ("head.class_tower.0", 32, 16, 3),
+        ("head.class_tower.3", 16, 8, 3),
+        ("head.class_predictor", 8, 9 * 3, 1),
+        ("head.box_predictor", 8, 9 * 4, 1),
+    ]
+    outputs = model(pixels(width=96), labels=[random_labels(2), random_labels(0)])
+    assert outputs.logits.shape == (2, 4 * 6 * 9, 3)
+    outputs.loss.backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+# saving and loading
+
+
+@pytest.mark.parametrize("overrides", [{}, LATENTS], ids=["pixels", "latents"])
+def test_reloads_bit_by_bit(tiny_model, tmp_path, overrides):
+    model = tiny_model(**overrides)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    reloaded, info = AutoModelForObjectDetection.from_pretrained(tmp_path, output_loading_info=True)
+    assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
+    assert type(reloaded) is DiTForObjectDetection
+    assert not reloaded.training
+    assert_same_outputs(reloaded(pixels()), model(pixels()))
+    base = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(base(pixels()).last_hidden_state, model(pixels()).last_hidden_state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reloads_in_its_own_dtype(tiny_model, tmp_path, dtype):
+    model = tiny_model().to(dtype)
+    model.save_pretrained(tmp_path)
+    reloaded = DiTForObjectDetection.from_pretrained(tmp_path, device_map={"": "cpu"})
+    assert reloaded.dtype == dtype
+    assert_same_outputs(reloaded(pixels()), model(pixels()))
+
+
+def assert_fresh(predictor):
+    """As RetinaNet starts: a narrow normal distribution, and the prior probability as the bias."""
+    assert torch.equal(predictor.bias, torch.full_like(predictor.bias, PRIOR_BIAS))
+    assert 0.005 < predictor.weight.std() < 0.015
+    assert predictor.weight.mean().abs() < 0.002
+
+
+def test_new_classes_start_only_the_class_predictor_afresh(tiny_model, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    id2label = dict(enumerate("abcde"))
+    new_classes = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
+    with pytest.raises(RuntimeError, match="class_predictor"):
+        DiTForObjectDetection.from_pretrained(tmp_path, **new_classes)
+    reloaded, info = DiTForObjectDetection.from_pretrained(
+        tmp_path, **new_classes, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    fresh = {"head.class_predictor.weight", "head.class_predictor.bias"}
+    assert {key[0] for key in info["mismatched_keys"]} == fresh
+    assert reloaded.config.num_labels == 5
+    assert reloaded(pixels()).logits.shape == (2, NUM_ANCHORS, 5)
+    assert_fresh(reloaded.head.class_predictor)
+    old = model.state_dict()
+    for name, tensor in reloaded.state_dict().items():
+        assert name in fresh or torch.equal(tensor, old[name]), name
+
+
+def test_a_checkpoint_without_the_head_gets_a_fresh_one(tiny_model, tmp_path):
+    # On transformers 5 a model is built without memory first: what no initialisation reaches is whatever lay there.
+    model = tiny_model()
+    model.model.save_pretrained(tmp_path)
+    reloaded, info = DiTForObjectDetection.from_pretrained(tmp_path, output_loading_info=True)
+    assert {key.split(".")[0] for key in info["missing_keys"]} == {"neck", "head"}
+    assert_fresh(reloaded.head.class_predictor)
+    assert (reloaded.head.box_predictor.bias == 0).all()
+    assert 0.005 < reloaded.head.box_predictor.weight.std() < 0.015
+    assert (reloaded.neck.mix.weight == 0).all()
+    for module in (*reloaded.neck.modules(), *reloaded.head.modules()):
+        if isinstance(module, nn.GroupNorm):
+            assert (module.weight == 1).all()
+            assert (module.bias == 0).all()
+    for name, tensor in model.model.state_dict().items():
+        assert torch.equal(reloaded.model.state_dict()[name], tensor)
+    # The same as built anew.
+    anew = DiTForObjectDetection(model.config)
+    for one, other in zip(reloaded.head.parameters(), anew.head.parameters(), strict=True):
+        torch.testing.assert_close(one.mean(), other.mean(), atol=0.01, rtol=0)
+        if one.numel() > 500:
+            torch.testing.assert_close(one.std(), other.std(), atol=0.01, rtol=0.1)
+
+
+def test_what_a_checkpoint_lacks_starts_as_if_built_anew(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    gone = [name for name in weights if ".scale" in name or "norm" in name or "mix" in name or "predictor" in name]
+    save_file({name: weights[name] for name in weights if name not in gone}, tmp_path / "model.safetensors", {"format": "pt"})
+    reloaded = DiTForObjectDetection.from_pretrained(tmp_path)
+    for layer in reloaded.model.backbone.layers:
+        for module in (layer.scale1, layer.scale2, layer.norm1, layer.norm2):
+            assert (module.weight == 1).all()
+    assert all((norm.weight == 1).all() and (norm.bias == 0).all() for norm in reloaded.model.backbone.tap_norms)
+    assert (reloaded.neck.mix.weight == 0).all()
+    assert_fresh(reloaded.head.class_predictor)
+
+
+FRESH_PROCESS = """
+import importlib.abc, json, sys
+from pathlib import Path
+
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "dit_detection":
+            raise ImportError("blocked")
+
+sys.meta_path.insert(0, blocked := Blocked())
+try:
+    import dit_detection
+except ImportError:
+    pass
+else:
+    raise SystemExit("the package can be imported")
+
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
+
+folder, results = Path(sys.argv[1]), {}
+image = Image.open(folder / "image.png")
+annotations = [json.loads((folder / "annotation.json").read_text())]
+
+def run(where, **trust):
+    model = AutoModelForObjectDetection.from_pretrained(where, **trust)
+    processor = AutoImageProcessor.from_pretrained(where, **trust)
+    inputs = processor(image, annotations=annotations, return_tensors="pt")
+    outputs = model(**inputs)
+    (detections,) = processor.post_process_object_detection(outputs, 0.3, [image.size[::-1]])
+    return model, processor, {
+        "module": type(model).__module__,
+        "pixel_values": inputs["pixel_values"],
+        "loss": outputs.loss,
+        "logits": outputs.logits,
+        "pred_boxes": outputs.pred_boxes,
+        "detections": detections,
+    }
+
+model, processor, results["without"] = run(folder, trust_remote_code=True)
+detector = pipeline("object-detection", model=str(folder), trust_remote_code=True)
+results["pipeline"] = detector(image, threshold=0.3)
+results["batch"] = detector([image, image.convert("L")], threshold=0.3, batch_size=2)
+for part in (model, processor):
+    part.save_pretrained(folder / "again")
+_, _, results["again"] = run(folder / "again", trust_remote_code=True)
+
+sys.meta_path.remove(blocked)
+import dit_detection
+_, _, results["with"] = run(folder)
+torch.save(results, folder / "results.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh_process(tmp_path_factory):
+    """The folder of a saved model, what it gives here, and what it gave in another process with and without the package."""
+    folder = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(0)
+    fields = {
+        "pretrained_grid": 4,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "neck_channels": 16,
+        "strides": [8, 16, 32],
+        "head_channels": [16],
+        "id2label": {0: "red", 1: "white", 2: "platelet"},
+    }
+    model = DiTForObjectDetection(DiTDetectionConfig(**fields, **LATENTS)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "latent_encoder" not in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    processor = DiTDetectionImageProcessor(size=64, nms_threshold=0.4)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 80, 3), dtype=np.uint8))
+    image.save(folder / "image.png")
+    annotation = {"image_id": 1, "annotations": [{"bbox": [10, 10, 30, 30], "category_id": 1}]}
+    (folder / "annotation.json").write_text(json.dumps(annotation))
+    inputs = processor(image, annotations=[annotation], return_tensors="pt")
+    with torch.no_grad():
+        outputs = model(**inputs)
+    (detections,) = processor.post_process_object_detection(outputs, 0.3, [(48, 80)])
+    here = {
+        "pixel_values": inputs["pixel_values"],
+        "loss": outputs.loss,
+        "logits": outputs.logits,
+        "pred_boxes": outputs.pred_boxes,
+        "detections": detections,
+    }
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH_PROCESS, str(folder)], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, here, torch.load(folder / "results.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("how", ["with", "without", "again"])
+def test_another_process_gives_the_same_with_and_without_the_package(fresh_process, how):
+    _, here, results = fresh_process
+    there = results[how]
+    module = there.pop("module")
+    assert module.startswith("dit_detection." if how == "with" else "transformers_modules.")
+    assert len(here["detections"]["scores"]) > 3
+    for key, expected in here.items():
+        torch.testing.assert_close(there[key], expected, rtol=0, atol=0, msg=key)
+
+
+def test_the_pipeline_gives_the_same_boxes(fresh_process):
+    _, here, results = fresh_process
+    found = here["detections"]
+    expected = [
+        {
+            "score": score,
+            "label": ["red", "white", "platelet"][label],
+            "box": dict(zip(("xmin", "ymin", "xmax", "ymax"), map(int, box), strict=True)),
+        }
+        for score, label, box in zip(*(found[key].tolist() for key in ("scores", "labels", "boxes")), strict=True)
+    ]
+    assert results["pipeline"] == expected
+    assert len(results["batch"]) == 2
+    assert [item["box"] for item in results["batch"][0]] == [item["box"] for item in expected]
+
+
+def test_saved_folders_carry_all_the_code(fresh_process):
+    folder, _, _ = fresh_process
+    source = Path(sys.modules[DiTForObjectDetection.__module__].__file__).parent
+    code = {path.name for path in source.glob("*.py")} - {"__init__.py"}
+    for saved in (folder, folder / "again"):
+        assert {path.name for path in saved.glob("*.py")} == code
+        for name in code:
+            assert (saved / name).read_text() == (source / name).read_text()
+        auto_map = json.loads((saved / "config.json").read_text())["auto_map"]
+        assert auto_map["AutoModelForObjectDetection"].endswith("modeling_dit_detection.DiTForObjectDetection")
+    assert AutoImageProcessor.from_pretrained(folder).nms_threshold == 0.4
