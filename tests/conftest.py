@@ -11,9 +11,9 @@ import torch
 torch.set_num_threads(1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_config():
-    """Makes configs of a detector on 64 x 64 pixels: 2 blocks, width 32, 16-pixel patches, levels 8 to 32, 3 classes."""
+    """Makes configs for 64 x 64 pixels: 2 blocks, width 32, 16-pixel patches, levels 8 to 32, 3 classes."""
     from dit_detection import DiTDetectionConfig
 
     def make(**overrides):
@@ -35,7 +35,7 @@ def tiny_config():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model(tiny_config):
     """Makes detectors with weights that are the same every time and large enough that no fault hides in zeros."""
     from dit_detection import DiTForObjectDetection
@@ -55,7 +55,7 @@ def tiny_model(tiny_config):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def random_labels():
     """Makes labels of one image: `count` random boxes that lie inside it."""
 

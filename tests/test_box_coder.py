@@ -35,7 +35,7 @@ def test_decode_equals_torchvision_on_wild_deltas():
     deltas = torch.randn(200, 4) * 3
     deltas[:4] = torch.tensor([[0.0, 0, 100, 100], [0, 0, -100, -100], [1e3, -1e3, 0, 0], [0, 0, 4.2, 4.1]])
     expected = theirs.decode_single(deltas, anchors)
-    assert MAX_LOG_GROWTH == theirs.bbox_xform_clip
+    assert theirs.bbox_xform_clip == MAX_LOG_GROWTH
     torch.testing.assert_close(BoxCoder().decode(deltas, anchors), expected, atol=1e-2, rtol=1e-5)
     torch.testing.assert_close(
         BoxCoder().decode(deltas.double(), anchors.double()), theirs.decode_single(deltas.double(), anchors.double())

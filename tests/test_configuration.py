@@ -19,7 +19,9 @@ def test_defaults_are_dit_xl_2_on_a_pyramid():
     assert config.anchor_sizes[4][0] == 512
 
 
-@pytest.mark.parametrize(("depth", "taps"), [(1, [0]), (2, [0, 1]), (6, [2, 4, 5]), (12, [6, 8, 11]), (18, [9, 13, 17])])
+@pytest.mark.parametrize(
+    ("depth", "taps"), [(1, [0]), (2, [0, 1]), (6, [2, 4, 5]), (12, [6, 8, 11]), (18, [9, 13, 17])]
+)
 def test_default_taps_rise_to_the_last_block(depth, taps):
     # 10/18, 14/18 and 18/18 of the depth: of 12 blocks, after 6.7, 9.3 and 12, so 0-based 6, 8 and 11.
     assert DiTDetectionConfig(num_hidden_layers=depth, patch_size=16).out_indices == taps

@@ -10,7 +10,7 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 from dit_detection.model.anchors import make_anchors
 from dit_detection.model.box_coder import BoxCoder
 from dit_detection.model.losses import DetectionLoss
-from dit_detection.model.matcher import IGNORE
+from dit_detection.model.matcher import IGNORE, AnchorMatcher
 
 SHAPES, STRIDES = [(8, 8), (4, 4), (2, 2)], [8, 16, 32]  # of a canvas of 64 x 64 pixels
 NUM_ANCHORS, LEVEL_SIZES = 9 * 84, [9 * 64, 9 * 16, 9 * 4]
@@ -30,9 +30,7 @@ def random_target(count, seed):
     generator = torch.Generator().manual_seed(seed)
     corners = torch.rand(count, 2, generator=generator) * 50 - 5
     sides = torch.rand(count, 2, generator=generator) * 40 + 1
-    return make_target(
-        torch.cat([corners, corners + sides], dim=1), torch.randint(3, (count,), generator=generator)
-    )
+    return make_target(torch.cat([corners, corners + sides], dim=1), torch.randint(3, (count,), generator=generator))
 
 
 EMPTY = make_target([], [])
@@ -65,16 +63,21 @@ def head_outputs(batch_size=2, scale=2.0, seed=0):
     return logits, deltas
 
 
+def loss_of(config):
+    matcher = AnchorMatcher(config.matcher, config.num_anchors_per_cell)
+    return DetectionLoss(config, matcher)
+
+
 def detection_loss(config, logits, deltas, targets, valid=None):
     anchors = make_anchors(SHAPES, STRIDES, config.anchor_sizes, config.aspect_ratios)
     valid = torch.ones(len(targets), NUM_ANCHORS, dtype=torch.bool) if valid is None else valid
-    return DetectionLoss(config)(logits, deltas, anchors, LEVEL_SIZES, valid, targets)
+    return loss_of(config)(logits, deltas, anchors, LEVEL_SIZES, valid, targets)
 
 
 def matched_of(config, targets):
     anchors = make_anchors(SHAPES, STRIDES, config.anchor_sizes, config.aspect_ratios)
     valid = torch.ones(NUM_ANCHORS, dtype=torch.bool)
-    matcher = DetectionLoss(config).matcher
+    matcher = loss_of(config).matcher
     rows = [matcher(anchors, LEVEL_SIZES, target["boxes"], target["iscrowd"], valid) for target in targets]
     return anchors, torch.stack(rows)
 
@@ -132,9 +135,7 @@ def test_class_loss_by_hand(tiny_config):
     target = make_target([[0, 0, 16, 16]], [2])
     deltas = torch.zeros(1, 2, 4)
     deltas[0, 0] = torch.tensor([0.5, -0.25, 0.0, 1.0])
-    losses = DetectionLoss(config)(
-        torch.zeros(1, 2, 3), deltas, anchors, [2], torch.ones(1, 2, dtype=torch.bool), [target]
-    )
+    losses = loss_of(config)(torch.zeros(1, 2, 3), deltas, anchors, [2], torch.ones(1, 2, dtype=torch.bool), [target])
     assert losses.num_matched.tolist() == [1]
     torch.testing.assert_close(losses.loss_class, torch.tensor([(0.25 + 5 * 0.75) * 0.25 * 0.6931472]))
     torch.testing.assert_close(losses.loss_bbox, torch.tensor([2.0 * 1.75]))  # box_loss_weight is 2
@@ -170,7 +171,9 @@ def test_a_perfect_head_has_no_loss(tiny_config):
     logits[0, found.nonzero().squeeze(1), targets[0]["class_labels"][objects]] = 50.0
     deltas[0, found] = BoxCoder().encode(targets[0]["boxes"][objects], anchors[found])
     losses = detection_loss(config, logits, deltas, targets)
-    assert losses.loss_class.item() < 1e-3  # float32: the sum over all entries minus what the objects' had as background
+    assert (
+        losses.loss_class.item() < 1e-3
+    )  # float32: the sum over all entries minus what the objects' had as background
     assert losses.loss_bbox.item() < 1e-4
 
 

@@ -132,16 +132,28 @@ def test_crowds_match_nothing_and_hide_the_background_half_inside_them(method):
     matched = match(method, boxes, anchors, [4], 1, iscrowd=[True, False])
     assert matched.tolist() == [IGNORE, IGNORE, BACKGROUND, 1]
     # Alone, and together with an object on the very same place, which keeps its anchor.
-    assert match(method, boxes[:1], anchors, [4], 1, iscrowd=[True]).tolist() == [IGNORE, IGNORE, BACKGROUND, BACKGROUND]
+    assert match(method, boxes[:1], anchors, [4], 1, iscrowd=[True]).tolist() == [
+        IGNORE,
+        IGNORE,
+        BACKGROUND,
+        BACKGROUND,
+    ]
     boxes = torch.tensor([[0.0, 0, 15, 10], [40.0, 0, 50, 10], [0.0, 0, 10, 10]])
-    assert match(method, boxes, anchors, [4], 1, iscrowd=[True, True, False]).tolist() == [2, IGNORE, BACKGROUND, IGNORE]
+    assert match(method, boxes, anchors, [4], 1, iscrowd=[True, True, False]).tolist() == [
+        2,
+        IGNORE,
+        BACKGROUND,
+        IGNORE,
+    ]
 
 
 @pytest.mark.parametrize("method", ["max_iou", "atss"])
 def test_padding_never_matches(method):
     centers = (ANCHORS[:, :2] + ANCHORS[:, 2:]) / 2
     valid = (centers < torch.tensor([96.0, 40.0])).all(dim=1)
-    boxes = torch.cat([random_boxes(50, 5), torch.tensor([[90.0, 30, 127, 127], [100.0, 50, 128, 100]]), nasty_boxes()])
+    boxes = torch.cat(
+        [random_boxes(50, 5), torch.tensor([[90.0, 30, 127, 127], [100.0, 50, 128, 100]]), nasty_boxes()]
+    )
     matched = match(method, boxes, valid=valid)
     assert (matched[~valid] == IGNORE).all()
     assert (matched[valid] != IGNORE).any()

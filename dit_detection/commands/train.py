@@ -27,7 +27,7 @@ from ..data import (
 )
 from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
 from ..model.modeling_dit_detection import DiTForObjectDetection
-from ..small_dit import write_small_dit
+from ..small_dit import DETECTORS, write_small_dit
 from ..trainer import DetectionTrainer, DetectionTrainingArguments
 from ..visualize import plot_history
 from .predict import draw_samples
@@ -35,7 +35,13 @@ from .predict import draw_samples
 logger = logging.getLogger(__name__)
 
 # What the embedded job trains with: it must be done in 4 minutes on 2 cores.
-EMBEDDED_JOB = {"num_train_epochs": 12, "image_size": [128]}
+EMBEDDED_JOB = {
+    "random_dit": "tiny",
+    "image_size": [128],
+    "num_train_epochs": 9,
+    "learning_rate": 2e-3,
+    "augmentation": '{"scale_probability": 0.0}',
+}
 # Random weights learn faster and have no pretrained depth to protect.
 RANDOM_WEIGHTS = {"learning_rate": 1e-3, "layer_decay": 1.0}
 
@@ -50,6 +56,9 @@ class ModelArguments:
             "help": "DiT of diffusers: Hub id or folder of a pipeline (facebook/DiT-XL-2-256) or bare transformer; or "
             "a detector of this library to go on from. Default: a small DiT on pixels with random weights."
         },
+    )
+    random_dit: Literal["tiny", "small"] = field(
+        default="small", metadata={"help": "Without --model: size of the random DiT, 1.2 M or 3.8 M parameters."}
     )
     vae: str = field(
         default="auto",
@@ -257,7 +266,8 @@ def _load_model(
             source = str(Path(args.output_dir) / "small-dit")
             with args.main_process_first(desc="writing the small DiT"):
                 if args.process_index == 0:
-                    write_small_dit(source, max(model_args.image_size), args.seed)
+                    write_small_dit(source, model_args.random_dit, max(model_args.image_size), args.seed)
+            overrides = DETECTORS[model_args.random_dit] | overrides
         # Weights that are trained stay in float32, whatever the file holds; autocast computes in bf16.
         model = DiTForObjectDetection.from_diffusers(
             source,

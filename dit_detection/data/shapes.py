@@ -1,10 +1,14 @@
 """
 A data set that the project draws itself: six kinds of shapes, rotated, overlapping, cut by the border, among clutter.
 
+Each kind has its typical hue, as cells and parts have, but hues scatter, some shapes are as good as grey, and clutter
+comes in the same hues: neither colour nor shape tells everything.
+
 It needs no network and no files, and lets anyone see a detector train within minutes. The constants below set its
 difficulty.
 """
 
+import colorsys
 import io
 import math
 from collections.abc import Callable
@@ -15,19 +19,18 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from .row_format import detection_features, empty_objects
 
-MAX_OBJECTS = 8
+MAX_OBJECTS = 6
 EMPTY_SHARE = 0.05  # of the images have no object at all
 SIZE_RANGE = (0.03, 0.6)  # longest side of an object / short side of the image
-SIZE_BETA = (
-    2.4,
-    2.0,
-)  # where in the (logarithmic) range: Beta(1, 1) is flat, which makes a fifth of all objects under 6 %
-MAX_HIDDEN = 0.7  # share of an object that may lie under others or beyond the border
+# Where in the (logarithmic) range: Beta(1, 1) is flat, which makes a fifth of all objects under 6 %.
+SIZE_BETA = (2.8, 1.4)
+HUE_SCATTER = 0.03  # standard deviation, on a colour circle of length 1; the kinds are a sixth apart
+MAX_HIDDEN = 0.6  # share of an object that may lie under others or beyond the border
 MAX_BOX_IOU = 0.6  # two boxes that overlap more would be one after non-maximum suppression
-LOW_CONTRAST_SHARE = 0.12  # of the objects come close to the colour of the ground
+LOW_CONTRAST_SHARE = 0.05  # of the objects come close to the colour of the ground
 LOW_CONTRAST = (35, 60)  # distance from the ground's colour, Euclidean in 8-bit RGB
 MIN_CONTRAST = 90  # the same for all other objects
-MAX_CLUTTER = 6  # lines, scribbles and blobs behind the objects
+MAX_CLUTTER = 4  # lines, scribbles and blobs behind the objects
 FRONT_LINE_SHARE = 0.3  # of the images have a thin line across their objects
 JPEG_QUALITY = 92
 
@@ -41,7 +44,7 @@ def draw_shapes_dataset(
     num_train: int = 800,
     num_validation: int = 100,
     num_test: int = 100,
-    image_size: int | tuple[int, int] = 256,
+    image_size: int | tuple[int, int] = 128,
     seed: int = 0,
 ) -> DatasetDict:
     """
@@ -154,7 +157,7 @@ def _draw_objects(
         if any(pixels.sum() < (1 - MAX_HIDDEN) * full for pixels, full in remaining):
             continue
         visible = remaining
-        image.paste(_draw_surface(rng, image.size, ground), mask=mask)
+        image.paste(_draw_surface(rng, image.size, ground, label), mask=mask)
         drawn.append((label, box))
     return drawn
 
@@ -213,11 +216,21 @@ def _colour_away_from(
     return tuple(int(channel) for channel in colour)
 
 
-def _draw_surface(rng: np.random.Generator, size: Size, ground: Array) -> Image.Image:
-    """What fills a shape: one colour, a gradient, or stripes. Its colour says nothing about its class."""
+def _typical_colour(rng: np.random.Generator, ground: Array, label: int) -> tuple[int, ...]:
+    """A colour of the label's hue that stands out from `ground`; the last one of 100 tries if none does."""
+    for _ in range(100):
+        hue = (label / len(SHAPES) + rng.normal(0, HUE_SCATTER)) % 1.0
+        colour = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(hue, rng.uniform(0.35, 1.0), rng.uniform(0.3, 1.0)))
+        if np.linalg.norm(colour - ground) >= MIN_CONTRAST:
+            break
+    return colour
+
+
+def _draw_surface(rng: np.random.Generator, size: Size, ground: Array, label: int) -> Image.Image:
+    """What fills a shape: one colour, a gradient, or stripes."""
     if rng.random() < LOW_CONTRAST_SHARE:
         return Image.new("RGB", size, _colour_away_from(rng, ground, *LOW_CONTRAST))
-    colour = _colour_away_from(rng, ground, MIN_CONTRAST)
+    colour = _typical_colour(rng, ground, label)
     surface = Image.new("RGB", size, colour)
     kind = rng.random()
     if kind < 0.3:
@@ -284,6 +297,7 @@ def _draw_clutter(rng: np.random.Generator, image: Image.Image, ground: Array) -
             radii = (1 + lobes) * rng.uniform(0.03, 0.15) * side
             centre = rng.uniform(0, 1, size=2) * image.size
             points = centre + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+            colour = _typical_colour(rng, ground, int(rng.integers(len(SHAPES))))
             image.paste(colour, mask=_rasterise([points], image.size)[0])
 
 

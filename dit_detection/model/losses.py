@@ -51,17 +51,10 @@ class DetectionLoss:
     All in float32, whatever the head computes in. Has no state and changes none of its inputs.
     """
 
-    def __init__(self, config: DiTDetectionConfig) -> None:
+    def __init__(self, config: DiTDetectionConfig, matcher: AnchorMatcher) -> None:
         self.config = config
+        self.matcher = matcher
         self.box_coder = BoxCoder()
-        self.matcher = AnchorMatcher(
-            config.matcher,
-            config.num_anchors_per_cell,
-            config.foreground_iou,
-            config.background_iou,
-            config.allow_low_quality_matches,
-            config.atss_candidates,
-        )
 
     def __call__(
         self,

@@ -27,6 +27,7 @@ from .head import AnchorHead
 from .latent_encoder import LatentEncoder
 from .load_dit import load_dit
 from .losses import DetectionLoss
+from .matcher import AnchorMatcher
 from .neck import SimpleFeaturePyramid, SingleScaleNeck
 
 
@@ -141,7 +142,15 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
         self.neck = SingleScaleNeck(config) if config.neck_channels is None else SimpleFeaturePyramid(config)
         self.head = AnchorHead(config)
         self.box_coder = BoxCoder()
-        self.detection_loss = DetectionLoss(config)
+        matcher = AnchorMatcher(
+            config.matcher,
+            config.num_anchors_per_cell,
+            config.foreground_iou,
+            config.background_iou,
+            config.allow_low_quality_matches,
+            config.atss_candidates,
+        )
+        self.detection_loss = DetectionLoss(config, matcher)
         self.post_init()
 
     @classmethod

@@ -1,0 +1,128 @@
+import ast
+from pathlib import Path
+
+import pytest
+
+import dit_detection
+
+PACKAGE = Path(dit_detection.__file__).parent
+ROOT = PACKAGE.parent
+
+# Room → the rooms it may import from; downwards only. `model` and `data` are rooms of several files.
+ROOMS = {
+    "__init__": {"data", "metrics", "model", "trainer", "visualize", "model_card"},
+    "__main__": {"cli"},
+    "cli": {"commands"},
+    "commands": {"data", "metrics", "model", "model_card", "small_dit", "trainer", "visualize", "commands"},
+    "trainer": {"data", "metrics", "model_card"},
+    "data": {"data"},
+    "metrics": set(),
+    "visualize": set(),
+    "model_card": set(),
+    "small_dit": set(),
+    "model": {"model"},
+}
+# The same for the files of `model/`, the folder that travels to the Hub.
+MODEL_FILES = {
+    "__init__": set(),
+    "boxes": set(),
+    "anchors": set(),
+    "configuration_dit_detection": set(),
+    "latent_encoder": set(),
+    "load_dit": set(),
+    "box_coder": {"boxes"},
+    "matcher": {"boxes"},
+    "losses": {"matcher", "box_coder", "boxes", "configuration_dit_detection"},
+    "backbone": {"configuration_dit_detection"},
+    "convert_dit": {"configuration_dit_detection"},
+    "neck": {"configuration_dit_detection"},
+    "head": {"configuration_dit_detection", "neck"},
+    "image_processing_dit_detection": {"boxes"},
+}
+MODEL_FILES["modeling_dit_detection"] = set(MODEL_FILES) - {"__init__", "image_processing_dit_detection"}
+
+
+def own_imports(path):
+    """Dotted names below `dit_detection` that a file imports, wherever in the file and in whatever form."""
+    package = ["dit_detection", *path.relative_to(PACKAGE).parts[:-1]] if path.is_relative_to(PACKAGE) else []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            # `from . import x` and `from dit_detection.data import y` name a file only in the second half.
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name for name in names if name.partition(".")[0] == "dit_detection")
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+PACKAGE_FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def relative(path):
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", PACKAGE_FILES, ids=relative)
+def test_no_arrow_points_up(path):
+    room = room_of(path)
+    assert room in ROOMS, f"{relative(path)} is in no room of the plan"
+    for name in own_imports(path):
+        target = (name.split(".") + ["__init__"])[1]
+        assert target in ROOMS[room], f"{relative(path)} imports {name}; {room} may use {sorted(ROOMS[room])}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "model").glob("*.py")), ids=relative)
+def test_the_hub_folder_imports_its_neighbours_by_from_x_import_y_alone(path):
+    # transformers copies what it finds so to the Hub; anything else fails there or is left behind.
+    assert path.stem in MODEL_FILES, f"{path.name} is not in the plan"
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.partition(".")[0] == "dit_detection" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level <= 1, f"{path.name} line {node.lineno} reaches out of its folder"
+            assert (node.module or "").partition(".")[0] != "dit_detection"
+            if node.level == 1:
+                assert node.module and "." not in node.module, f"{path.name} line {node.lineno}"
+                assert node.module in MODEL_FILES[path.stem], f"{path.name} may not import {node.module}"
+
+
+def test_modeling_names_every_file_that_it_needs_directly():
+    # transformers 5.0 does not follow imports of imports.
+    imported = {name.split(".")[2] for name in own_imports(PACKAGE / "model" / "modeling_dit_detection.py")}
+    for name in imported:
+        assert MODEL_FILES[name] <= imported
+
+
+def test_the_plan_has_no_circles():
+    for plan in ({room: allowed - {room} for room, allowed in ROOMS.items()}, MODEL_FILES):
+        left = dict(plan)
+        while left:
+            free = [name for name, below in left.items() if not below & set(left)]
+            assert free, f"a circle among {sorted(left)}"
+            for name in free:
+                del left[name]
+
+
+def test_every_room_of_the_plan_stands():
+    assert {room_of(path) for path in PACKAGE_FILES} >= set(ROOMS) - {"__main__"}
+    assert {path.stem for path in (PACKAGE / "model").glob("*.py")} == set(MODEL_FILES)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=relative)
+def test_scripts_use_the_commands_alone(path):
+    assert all(name.startswith("dit_detection.commands.") for name in own_imports(path))
+
+
+def test_every_file_of_the_hub_folder_is_saved(tiny_model, tmp_path):
+    from dit_detection import DiTDetectionImageProcessor
+
+    tiny_model().save_pretrained(tmp_path)
+    DiTDetectionImageProcessor().save_pretrained(tmp_path)
+    assert {path.stem for path in tmp_path.glob("*.py")} == set(MODEL_FILES) - {"__init__"}

@@ -1,0 +1,194 @@
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+
+from dit_detection import (
+    DetectionTrainer,
+    DetectionTrainingArguments,
+    DetectionTransform,
+    DiTDetectionImageProcessor,
+    id2label_of,
+)
+from dit_detection.data import draw_shapes_dataset
+from dit_detection.trainer import PADDING, parameter_groups
+
+NUM_IMAGES = 7
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return draw_shapes_dataset(8, NUM_IMAGES, 0, image_size=(48, 64))
+
+
+@pytest.fixture
+def make_trainer(tiny_model, dataset, tmp_path):
+    def make(**arguments):
+        image_processor = DiTDetectionImageProcessor(size=64)
+        names = id2label_of(dataset)
+        arguments = {
+            "output_dir": str(tmp_path),
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 4,
+            **arguments,
+        }
+        return DetectionTrainer(
+            tiny_model(id2label=names, label2id={name: label for label, name in names.items()}),
+            DetectionTrainingArguments(**arguments),
+            processing_class=image_processor,
+            train_dataset=DetectionTransform(image_processor).attach(dataset["train"]),
+            eval_dataset=DetectionTransform(image_processor).attach(dataset["validation"]),
+        )
+
+    return make
+
+
+def test_defaults_need_no_knowledge_of_the_trainer():
+    arguments = DetectionTrainingArguments(output_dir="unused", use_cpu=True)
+    assert arguments.remove_unused_columns is False
+    assert arguments.metric_for_best_model == "map" and arguments.greater_is_better
+    assert arguments.eval_strategy == arguments.save_strategy == "epoch"
+
+
+def test_learning_rates_by_hand(tiny_model):
+    model = tiny_model()  # 2 blocks
+    arguments = DetectionTrainingArguments(
+        output_dir="unused", use_cpu=True, learning_rate=1e-3, backbone_learning_rate=1e-4, layer_decay=0.5
+    )
+    rates = {}
+    for group in parameter_groups(model, arguments):
+        for parameter in group["params"]:
+            rates[parameter] = (group["lr"], group["weight_decay"])
+    backbone = model.model.backbone
+    # The deepest of two blocks learns at 1e-4, the first at half of it, the embedding at a quarter.
+    assert rates[backbone.layers[1].mlp.fc1.weight] == (1e-4, 0.05)
+    assert rates[backbone.layers[0].mlp.fc1.weight] == (5e-5, 0.05)
+    assert rates[backbone.patch_embedding.projection.weight] == (2.5e-5, 0.05)
+    assert rates[backbone.layers[0].norm1.weight] == (5e-5, 0.0)
+    assert rates[backbone.layers[0].scale1.weight] == (5e-5, 0.0)
+    assert rates[backbone.tap_norms[0].weight] == (1e-3, 0.0)
+    assert rates[model.head.class_predictor.weight] == (1e-3, 0.05)
+    assert rates[model.head.class_predictor.bias] == (1e-3, 0.0)
+    assert len(rates) == len(list(model.parameters()))
+
+
+def test_frozen_parameters_are_not_optimised(tiny_model):
+    model = tiny_model()
+    model.freeze_backbone()
+    groups = parameter_groups(model, DetectionTrainingArguments(output_dir="unused", use_cpu=True))
+    optimised = {parameter for group in groups for parameter in group["params"]}
+    assert optimised == {parameter for parameter in model.parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 7, 16])
+def test_evaluation_does_not_depend_on_the_batch_size(make_trainer, batch_size):
+    one_by_one = make_trainer(per_device_eval_batch_size=1).evaluate()
+    batched = make_trainer(per_device_eval_batch_size=batch_size).evaluate()
+    for name in one_by_one.keys() - {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}:
+        assert batched[name] == pytest.approx(one_by_one[name], abs=1e-5), name
+    assert one_by_one["eval_loss"] > 0
+
+
+def test_a_perfect_detector_scores_one(make_trainer, dataset, monkeypatch):
+    """The whole way back from tensors to original pixels, with the ground truth as the detections."""
+    trainer = make_trainer(per_device_eval_batch_size=3)
+    rows = iter(dataset["validation"])
+
+    def perfect(outputs, threshold, target_sizes):
+        results = []
+        for _ in range(len(target_sizes)):
+            objects = next(rows)["objects"]
+            boxes = torch.tensor(objects["bbox"]).reshape(-1, 4)
+            boxes[:, 2:] += boxes[:, :2]
+            labels = torch.tensor(objects["category"], dtype=torch.int64)
+            results.append({"boxes": boxes, "labels": labels, "scores": torch.linspace(1, 0.5, len(labels))})
+        return results
+
+    monkeypatch.setattr(trainer.processing_class, "post_process_object_detection", perfect)
+    metrics = trainer.evaluate()
+    assert metrics["eval_map"] == pytest.approx(1.0)
+    assert metrics["eval_mar_100"] == pytest.approx(1.0)
+
+
+def test_what_is_gathered_is_rectangular_and_small(make_trainer):
+    trainer = make_trainer()
+    batch = next(iter(trainer.get_eval_dataloader()))
+    loss, (detections, losses), (targets, image_ids) = trainer.prediction_step(trainer.model, batch, False)
+    assert loss is None
+    assert detections.shape == (NUM_IMAGES, trainer.processing_class.max_detections, 6)
+    assert losses.shape == (NUM_IMAGES,) and image_ids.shape == (NUM_IMAGES, 1)
+    most = max(len(labels["boxes"]) for labels in batch["labels"])
+    assert targets.shape == (NUM_IMAGES, most, 7)
+    for rows, labels in zip(targets, batch["labels"], strict=True):
+        assert (rows[len(labels["boxes"]) :] == PADDING).all()
+
+
+def test_trains_keeps_the_best_and_writes_its_card(make_trainer, tmp_path):
+    trainer = make_trainer(num_train_epochs=2)
+    before = trainer.model.head.class_predictor.weight.detach().clone()
+    trainer.train()
+    assert not torch.equal(before, trainer.model.head.class_predictor.weight)
+    maps = [entry["eval_map"] for entry in trainer.state.log_history if "eval_map" in entry]
+    assert len(maps) == 2 and trainer.state.best_metric == max(maps)
+    trainer.card_facts = {"dataset_name": "shapes of the test"}
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "Diffusion" in card.split("---")[2].strip().splitlines()[0]
+    assert "shapes of the test" in card
+
+
+def test_without_an_image_processor_the_error_says_what_it_is_for():
+    with pytest.raises(ValueError, match="processing_class, the image processor"):
+        DetectionTrainer(nn.Linear(1, 1))
+
+
+EVALUATION = """
+    import json, sys
+    import torch
+    from dit_detection import (DetectionTrainer, DetectionTrainingArguments, DetectionTransform,
+        DiTDetectionImageProcessor, DiTForObjectDetection)
+    from dit_detection.data import draw_shapes_dataset
+
+    torch.set_num_threads(1)
+    processor = DiTDetectionImageProcessor(size=64)
+    trainer = DetectionTrainer(
+        DiTForObjectDetection.from_pretrained(sys.argv[1]),
+        DetectionTrainingArguments(output_dir=sys.argv[1], use_cpu=True, per_device_eval_batch_size=2, disable_tqdm=True),
+        processing_class=processor,
+        eval_dataset=DetectionTransform(processor).attach(draw_shapes_dataset(0, 7, 0, image_size=(48, 64))["validation"]),
+    )
+    metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        json.dump(metrics, open(sys.argv[2], "w"))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(tiny_model, tmp_path):
+    import json
+
+    names = dict(enumerate(id2label_of(draw_shapes_dataset(1, 0, 0, image_size=64)).values()))
+    tiny_model(id2label=names, label2id={name: label for label, name in names.items()}).save_pretrained(tmp_path)
+    script = tmp_path / "evaluation.py"
+    script.write_text(textwrap.dedent(EVALUATION))
+    results = []
+    for count in (1, 2):
+        target = tmp_path / f"{count}.json"
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--standalone"]
+        subprocess.run(
+            [*launcher, str(script), str(tmp_path), str(target)],
+            check=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        results.append(json.loads(target.read_text()))
+    for name in results[0].keys() - {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}:
+        assert results[1][name] == pytest.approx(results[0][name], abs=1e-6), name
