@@ -8,7 +8,7 @@ from dit_detection.model.head import AnchorHead
 
 
 def test_predictions_are_in_the_order_of_the_anchors(tiny_config):
-    # Without a tower and with a 1 x 1 kernel of known weights, the head copies what it sees: channel 0 of the map holds
+    # Without a tower and with a 1 x 1 kernel of known weights, the head copies what it sees: channel 0 of the map has
     # the cell's x, channel 1 its y; each anchor's first delta reads x, the second y, the third tells the anchor.
     config = tiny_config(
         strides=[8, 16], head_channels=[], predictor_kernel_size=1, neck_channels=2, shared_head_tower=True

@@ -127,7 +127,7 @@ def test_an_image_does_not_depend_on_its_batch():
 
 
 def test_labels_by_hand():
-    # 30 high, 60 wide; the box spans x 6 .. 36 and y 3 .. 18: cxcywh (0.35, 0.35, 0.5, 0.5) of the image, padded or not.
+    # 30 high, 60 wide; the box spans x 6 .. 36, y 3 .. 18: cxcywh (0.35, 0.35, 0.5, 0.5) of the image, padded or not.
     objects = [
         {"bbox": [6, 3, 30, 15], "category_id": 2, "area": 123.5, "iscrowd": 1},
         {"bbox": [50.0, 20.0, 20.0, 20.0], "category_id": 0},  # reaches out: clipped to 50 .. 60 and 20 .. 30

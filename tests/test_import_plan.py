@@ -74,7 +74,7 @@ def test_no_arrow_points_up(path):
     room = room_of(path)
     assert room in ROOMS, f"{relative(path)} is in no room of the plan"
     for name in own_imports(path):
-        target = (name.split(".") + ["__init__"])[1]
+        target = [*name.split("."), "__init__"][1]
         assert target in ROOMS[room], f"{relative(path)} imports {name}; {room} may use {sorted(ROOMS[room])}"
 
 

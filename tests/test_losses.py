@@ -294,8 +294,8 @@ def run_process(rank, store, config, parts, queue):
 
 @pytest.mark.parametrize("targets", [[random_target(20, 0), EMPTY, random_target(2, 1)], [EMPTY] * 3])
 def test_two_processes_together_take_the_gradient_of_one(tiny_config, tmp_path, targets):
-    # As DDP does: the gradient with respect to anything shared is the mean over processes. One has two images, the other
-    # one. Here nothing is shared, so each process' half of the mean is its own images' gradient of the union.
+    # DDP averages gradients over processes. Here one has two images and the other one, and no tensor is shared: the
+    # mean is half of each process' own, and must be what the union of the three images gives.
     config = tiny_config()
     logits, deltas = head_outputs(3)
     expected = gradients_of(config, logits, deltas, targets)

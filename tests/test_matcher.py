@@ -239,8 +239,8 @@ def test_no_object_that_overlaps_a_free_anchor_stays_without_one(seed):
 
 
 def test_two_orphans_share_out_what_there_is():
-    # Both objects lie between the centres (10, 10) and (30, 10), inside both anchors, so neither claims one. Object 1 is
-    # larger and overlaps anchor 0 more; object 0 then takes anchor 1, though it overlaps it less.
+    # Both objects lie between the centres (11, 10) and (30, 10), inside both anchors, so neither claims one. Object 1
+    # is larger and overlaps anchor 0 more; object 0 then takes anchor 1, though it overlaps it less.
     anchors = torch.tensor([[0.0, 0, 22, 20], [18.0, 0, 42, 20]])
     boxes = torch.tensor([[18.5, 8, 20.5, 10], [18.0, 6, 21.0, 9]])
     iou = box_iou(boxes, anchors)

@@ -256,9 +256,8 @@ def test_sizes_come_from_the_mask_or_the_labels_or_the_canvas(tiny_model, random
     plain = [{key: image_labels[key] for key in ("boxes", "class_labels")} for image_labels in sized]
     by_mask = model(pixels(), pixel_mask=masks(*sizes), labels=plain)
     by_labels = model(pixels(), labels=sized)
-    by_both = model(
-        pixels(), pixel_mask=masks(*sizes), labels=[random_labels(3, size=torch.tensor([9, 9]))] + plain[1:]
-    )
+    wrong = [{**image_labels, "size": torch.tensor([9, 9])} for image_labels in plain]
+    by_both = model(pixels(), pixel_mask=masks(*sizes), labels=wrong)
     by_canvas, by_full_mask = model(pixels(), labels=plain), model(pixels(), pixel_mask=masks(*[(64, 64)] * 2))
     assert_same_outputs(by_mask, by_labels)
     assert torch.equal(by_mask.loss, by_labels.loss)
@@ -311,6 +310,19 @@ def test_a_perfect_head_gives_the_annotated_boxes_back(tiny_model, monkeypatch, 
 
 
 # training
+
+
+def test_the_config_reaches_the_matcher(tiny_model):
+    settings = {
+        "matcher": "max_iou",
+        "foreground_iou": 0.7,
+        "background_iou": 0.3,
+        "allow_low_quality_matches": False,
+        "atss_candidates": 5,
+    }
+    matcher = tiny_model(**settings).detection_loss.matcher
+    assert vars(matcher) == {"method": settings.pop("matcher"), "num_anchors_per_cell": 9, **settings}
+
 
 LABEL_CASES = {
     "objects": [labels_of([[0.5, 0.5, 0.4, 0.4], [0.2, 0.3, 0.1, 0.2]], [0, 2]), labels_of([[0.7, 0.7, 0.5, 0.5]])],
@@ -633,7 +645,7 @@ torch.save(results, folder / "results.pt")
 
 @pytest.fixture(scope="module")
 def fresh_process(tiny_model, tmp_path_factory):
-    """The folder of a saved model, what it gives here, and what it gave in another process with and without the package."""
+    """The folder of a saved model, what it gives here, and what it gave in another process."""
     folder = tmp_path_factory.mktemp("saved")
     model = tiny_model(prior_probability=0.2, id2label={0: "red", 1: "white", 2: "platelet"}, **LATENTS)
     processor = DiTDetectionImageProcessor(size=64, nms_threshold=0.4)

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from dit_detection.data import draw_shapes_dataset
 from dit_detection.trainer import PADDING, parameter_groups
 
 NUM_IMAGES = 7
+TIMES = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time"}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def make_trainer(tiny_model, dataset, tmp_path):
             **arguments,
         }
         return DetectionTrainer(
-            tiny_model(id2label=names, label2id={name: label for label, name in names.items()}),
+            tiny_model(num_labels=6, id2label=names, label2id={name: label for label, name in names.items()}),
             DetectionTrainingArguments(**arguments),
             processing_class=image_processor,
             train_dataset=DetectionTransform(image_processor).attach(dataset["train"]),
@@ -90,7 +92,7 @@ def test_frozen_parameters_are_not_optimised(tiny_model):
 def test_evaluation_does_not_depend_on_the_batch_size(make_trainer, batch_size):
     one_by_one = make_trainer(per_device_eval_batch_size=1).evaluate()
     batched = make_trainer(per_device_eval_batch_size=batch_size).evaluate()
-    for name in one_by_one.keys() - {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}:
+    for name in one_by_one.keys() - TIMES:
         assert batched[name] == pytest.approx(one_by_one[name], abs=1e-5), name
     assert one_by_one["eval_loss"] > 0
 
@@ -159,9 +161,11 @@ EVALUATION = """
     processor = DiTDetectionImageProcessor(size=64)
     trainer = DetectionTrainer(
         DiTForObjectDetection.from_pretrained(sys.argv[1]),
-        DetectionTrainingArguments(output_dir=sys.argv[1], use_cpu=True, per_device_eval_batch_size=2, disable_tqdm=True),
+        DetectionTrainingArguments(sys.argv[1], use_cpu=True, per_device_eval_batch_size=2, disable_tqdm=True),
         processing_class=processor,
-        eval_dataset=DetectionTransform(processor).attach(draw_shapes_dataset(0, 7, 0, image_size=(48, 64))["validation"]),
+        eval_dataset=DetectionTransform(processor).attach(
+            draw_shapes_dataset(0, 7, 0, image_size=(48, 64))["validation"]
+        ),
     )
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
@@ -173,10 +177,9 @@ EVALUATION = """
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(tiny_model, tmp_path):
-    import json
-
     names = dict(enumerate(id2label_of(draw_shapes_dataset(1, 0, 0, image_size=64)).values()))
-    tiny_model(id2label=names, label2id={name: label for label, name in names.items()}).save_pretrained(tmp_path)
+    label2id = {name: label for label, name in names.items()}
+    tiny_model(num_labels=6, id2label=names, label2id=label2id).save_pretrained(tmp_path)
     script = tmp_path / "evaluation.py"
     script.write_text(textwrap.dedent(EVALUATION))
     results = []
@@ -190,5 +193,5 @@ def test_two_processes_measure_what_one_does(tiny_model, tmp_path):
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         results.append(json.loads(target.read_text()))
-    for name in results[0].keys() - {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}:
+    for name in results[0].keys() - TIMES:
         assert results[1][name] == pytest.approx(results[0][name], abs=1e-6), name

@@ -1,0 +1,197 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from coco_folder import write_images
+from PIL import Image
+
+from dit_detection import cli
+from dit_detection.commands import convert, evaluate, predict, train
+from dit_detection.data import draw_shapes_dataset
+from dit_detection.small_dit import write_small_dit
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--random_dit", "tiny", "--image_size", "48", "64", "--bf16", "False", "--disable_tqdm", "True"]
+
+
+@pytest.fixture(scope="module")
+def coco_set(tmp_path_factory):
+    """Drawn shapes as a COCO folder with three splits."""
+    folder = tmp_path_factory.mktemp("coco")
+    dataset = draw_shapes_dataset(4, 2, 3, image_size=64)
+    names = dataset["train"].features["objects"]["category"].feature.names
+    (folder / "images").mkdir()
+    for split, short in {"train": "train", "validation": "val", "test": "test"}.items():
+        images, annotations = [], []
+        for row in dataset[split]:
+            file_name = f"{split}_{row['image_id']}.png"
+            row["image"].save(folder / "images" / file_name)
+            images.append({"id": row["image_id"], "file_name": file_name, "width": 64, "height": 64})
+            for box, label in zip(row["objects"]["bbox"], row["objects"]["category"], strict=True):
+                annotation = {"id": len(annotations) + 1, "image_id": row["image_id"], "category_id": label + 1}
+                annotations.append({**annotation, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
+        categories = [{"id": index + 1, "name": name} for index, name in enumerate(names)]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / f"annotations_{short}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(coco_set, tmp_path_factory):
+    """A detector after one pass over four images, and the metrics that `train` returned."""
+    folder = tmp_path_factory.mktemp("detector")
+    metrics = train.main([*TINY, "--dataset", str(coco_set), "--num_train_epochs", "1", "--output_dir", str(folder)])
+    return folder, metrics
+
+
+def test_train_leaves_everything_there_is_to_share(trained):
+    folder, metrics = trained
+    assert {"test_map", "test_map_50", "test_loss"} <= metrics.keys()
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "modeling_dit_detection.py",
+        "README.md",
+        "predictions.jpg",
+        "history.png",
+        "test_results.json",
+    ):
+        assert (folder / name).is_file(), name
+    card = (folder / "README.md").read_text()
+    assert "dit-detect train" in card and "circle" in card
+
+
+def test_evaluate_measures_what_train_reported(trained, coco_set, tmp_path):
+    folder, metrics = trained
+    target = tmp_path / "metrics.json"
+    again = evaluate.main([str(folder), "--dataset", str(coco_set), "--split", "test", "--output", str(target)])
+    assert again["test_map"] == pytest.approx(metrics["test_map"], abs=1e-6)
+    assert again["test_loss"] == pytest.approx(metrics["test_loss"], rel=1e-4)
+    assert json.loads(target.read_text())["test_map"] == again["test_map"]
+
+
+def test_evaluate_refuses_other_classes_and_missing_splits(trained, coco_set, tmp_path, capsys):
+    folder, _ = trained
+    content = json.loads((coco_set / "annotations_test.json").read_text())
+    content["categories"][0]["name"] = "disc"
+    write_images(tmp_path / "images", tuple(image["file_name"] for image in content["images"]))
+    for image in content["images"]:
+        Image.new("RGB", (64, 64)).save(tmp_path / "images" / image["file_name"])
+    (tmp_path / "annotations_test.json").write_text(json.dumps(content))
+    for arguments, message in (
+        (["--dataset", str(tmp_path)], "disc"),
+        (["--dataset", str(coco_set), "--split", "tset"], "train, validation, test"),
+    ):
+        with pytest.raises(SystemExit):
+            evaluate.main([str(folder), *arguments])
+        assert message in capsys.readouterr().err
+
+
+def test_predict_writes_boxes_and_pictures(trained, coco_set, tmp_path):
+    folder, _ = trained
+    Image.new("L", (30, 50), 128).save(tmp_path / "grey.png")
+    predictions = predict.main(
+        [str(folder), str(coco_set / "images"), str(tmp_path / "grey.png")]
+        + ["--output_dir", str(tmp_path / "out"), "--threshold", "0", "--batch_size", "4"]
+    )
+    assert json.loads((tmp_path / "out" / "predictions.json").read_text()) == predictions
+    assert len(predictions) == 10 and len(list((tmp_path / "out").glob("*.jpg"))) == 10
+    grey = predictions[-1]
+    assert (grey["width"], grey["height"]) == (30, 50)
+    for found in grey["detections"]:
+        left, top, right, bottom = found["box_xyxy"]
+        assert 0 <= left <= right <= 30 and 0 <= top <= bottom <= 50
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda folder: folder / "nothing", "no file or folder"),
+        (lambda folder: folder, "holds no images"),
+        (lambda folder: folder / "broken.png", "broken.png cannot be read as an image"),
+    ],
+)
+def test_predict_names_what_it_cannot_read(trained, tmp_path, prepare, message):
+    source = prepare(tmp_path)
+    if source.name == "broken.png":
+        source.write_bytes(b"\x89PNG not really")
+    with pytest.raises(SystemExit) as error:
+        predict.main([str(trained[0]), str(source), "--output_dir", str(tmp_path / "out")])
+    assert message in str(error.value)
+
+
+def test_convert_and_train_on(coco_set, tmp_path, capsys):
+    write_small_dit(tmp_path / "dit", "tiny", 64)
+    overrides = json.dumps({"strides": [8, 16], "neck_channels": 16, "head_channels": [16]})
+    arguments = [str(tmp_path / "dit"), str(tmp_path / "detector"), "--labels", "a", "b", "--image_size", "64"]
+    convert.main([*arguments, "--config_overrides", overrides])
+    printed = capsys.readouterr().out
+    assert "backbone" in printed and "dit-detect train --model" in printed
+    # From a detector of two classes to one of six: only the class layer starts afresh.
+    metrics = train.main(
+        [*TINY, "--model", str(tmp_path / "detector"), "--dataset", str(coco_set), "--max_steps", "1"]
+        + [
+            "--freeze_layers",
+            "-1",
+            "--eval_strategy",
+            "no",
+            "--save_strategy",
+            "no",
+            "--load_best_model_at_end",
+            "False",
+        ]
+        + ["--output_dir", str(tmp_path / "out"), "--augmentation", "none"]
+    )
+    assert "test_map_circle" in metrics
+
+
+def test_resumes_from_the_last_checkpoint(coco_set, tmp_path):
+    job = [*TINY, "--dataset", str(coco_set), "--output_dir", str(tmp_path), "--num_train_epochs", "1"]
+    train.main(job)
+    job[-1] = "2"
+    metrics = train.main([*job, "--resume_from_checkpoint", "last"])
+    assert (tmp_path / "checkpoint-2").is_dir()
+    assert metrics["test_map"] >= 0
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "predict", "convert_dit"])
+def test_scripts_say_how_they_are_run(script):
+    text = (ROOT / "scripts" / f"{script}.py").read_text()
+    assert text.count(f"scripts/{script}.py") == 2
+    assert "sys.path.pop(0)" in text
+
+
+def test_the_console_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dit-detect", "--help"])
+    cli.main()
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in cli.COMMANDS)
+    monkeypatch.setattr(sys, "argv", ["dit-detect", "trian"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "'trian'" in capsys.readouterr().err
+
+
+def test_the_readme_runs_what_ci_runs():
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    assert "uv run pytest" in readme and "\nuv run pytest\n" in ci
+    assert "uv run scripts/train.py" in readme
+
+
+@pytest.mark.slow
+def test_the_embedded_job_reaches_its_map(tmp_path):
+    """As a newcomer runs it: the script, without arguments, in a folder of its own."""
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "train.py")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "random weights" in run.stdout + run.stderr and "facebook/DiT-XL-2-256" in run.stdout + run.stderr
+    metrics = json.loads((tmp_path / "outputs" / "test_results.json").read_text())
+    assert metrics["test_map_50"] >= 0.80
