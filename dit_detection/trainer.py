@@ -139,6 +139,7 @@ class DetectionTrainer(Trainer):
         known: dict[str, Any] = {
             "model_name": model_name or folder.resolve().name,
             "config": self.model.config,
+            "base_model": self.model.config.base_model,
             "seed": self.args.seed,
             "hardware": _hardware(),
             "versions": {name: version(name) for name in ("torch", "transformers", "diffusers", "dit_detection")},

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +180,36 @@ def test_the_readme_runs_what_ci_runs():
     readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
     assert "uv run pytest" in readme and "\nuv run pytest\n" in ci
     assert "uv run scripts/train.py" in readme
+
+
+@pytest.mark.slow
+def test_accelerate_launches_training(coco_set, tmp_path):
+    """On two processes, one of which gets no image of the last batch; one process then measures the same."""
+    job = [
+        *TINY,
+        "--use_cpu",
+        "True",
+        "--dataset",
+        str(coco_set),
+        "--num_train_epochs",
+        "1",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    run = subprocess.run(
+        [*launcher, str(ROOT / "scripts" / "train.py"), *job, "--per_device_train_batch_size", "1"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    on_two = json.loads((tmp_path / "test_results.json").read_text())
+    on_one = evaluate.main([str(tmp_path), "--dataset", str(coco_set)])
+    for name in ("test_map", "test_map_50", "test_loss"):
+        assert on_two[name] == pytest.approx(on_one[name], abs=1e-6)
 
 
 @pytest.mark.slow

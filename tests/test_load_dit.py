@@ -374,3 +374,19 @@ def test_dit_xl_2_as_published(tmp_path):
         shutil.rmtree(folder)
         gc.collect()
         assert error <= 1e-4, extension
+
+
+def test_source_names_show_no_paths(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from dit_detection.model.load_dit import source_name
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "dit").mkdir(parents=True)
+    assert source_name("facebook/DiT-XL-2-256") == "facebook/DiT-XL-2-256"
+    assert source_name("mine/dit") == "dit"  # a folder, though it looks like a Hub id
+    assert source_name(tmp_path / "mine" / "dit") == "dit"
+    loaded = SimpleNamespace(config={"_name_or_path": "facebook/DiT-XL-2-512"})
+    assert source_name(loaded) == "facebook/DiT-XL-2-512"
+    assert source_name(SimpleNamespace(transformer=loaded)) == "facebook/DiT-XL-2-512"
+    assert source_name(SimpleNamespace(config={})) is None

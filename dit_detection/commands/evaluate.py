@@ -49,4 +49,5 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     trainer.log_metrics(args.split, metrics)
     if args.output and trainer.is_world_process_zero():
         Path(args.output).write_text(json.dumps(metrics, indent=1))
+    trainer.accelerator.end_training()
     return metrics

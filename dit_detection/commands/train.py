@@ -154,7 +154,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         )
         plot_history(trainer.state.log_history).save(output_dir / "history.png")
         trainer.card_facts = {
-            "base_model": model_args.model,
             "dataset_name": Path(data_args.dataset).name if data_args.dataset else "drawn shapes",
             "split_sizes": {split: rows.num_rows for split, rows in dataset.items()},
             "class_counts": count_classes(dataset),
@@ -180,6 +179,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             )
     if args.push_to_hub:
         trainer.push_to_hub()
+    trainer.accelerator.end_training()
     return metrics
 
 
@@ -267,7 +267,7 @@ def _load_model(
             with args.main_process_first(desc="writing the small DiT"):
                 if args.process_index == 0:
                     write_small_dit(source, model_args.random_dit, max(model_args.image_size), args.seed)
-            overrides = DETECTORS[model_args.random_dit] | overrides
+            overrides = DETECTORS[model_args.random_dit] | {"base_model": None} | overrides
         # Weights that are trained stay in float32, whatever the file holds; autocast computes in bf16.
         model = DiTForObjectDetection.from_diffusers(
             source,

@@ -22,6 +22,7 @@ class DiTDetectionConfig(PreTrainedConfig):
             As in a plain ViT. `num_hidden_layers` counts the blocks that are *kept*: up to the deepest tap.
         attention_norm_eps, mlp_norm_eps (`float`): The two norms of a diffusers DiT block have different epsilons.
         timestep (`int`), condition (`int`, *optional*): What the adaLN conditioning was folded at; for the record.
+        base_model (`str`, *optional*): Hub id, or name, of the DiT whose weights were folded; for the model card.
         out_indices (`list[int]`, *optional*): 0-based blocks whose outputs are tapped, shallow to deep; the last one
             must be `num_hidden_layers - 1`. By default 10/18, 14/18 and 18/18 of the kept depth.
         latent_encoder (`dict`, *optional*): diffusers config of the autoencoder whose encoder turns pixels into
@@ -68,6 +69,7 @@ class DiTDetectionConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     timestep: int = 50
     condition: int | None = None
+    base_model: str | None = None
     out_indices: list[int] | tuple[int, ...] = ()
 
     latent_encoder: dict[str, Any] | None = None

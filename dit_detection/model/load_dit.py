@@ -66,6 +66,16 @@ def load_dit(
     return transformer, autoencoder
 
 
+def source_name(source: Any) -> str | None:
+    """The Hub id of a source, or the last part of its folder: paths of this machine are nobody else's business."""
+    if not isinstance(source, str | os.PathLike):
+        config = getattr(source, "transformer", source).config
+        source = config.get("_name_or_path") or ""
+    name = os.fspath(source)
+    is_hub_id = name.count("/") == 1 and not name.startswith(("/", ".")) and not os.path.isdir(name)
+    return (name if is_hub_id else Path(name).name) or None
+
+
 def _check_is_dit(config: dict[str, Any], source: Any) -> None:
     """Refuse, by name, what is not a class-conditional DiT with adaLN-Zero."""
     name = config.get("_class_name") or ", ".join(config.get("architectures") or [config.get("model_type", "")])

@@ -25,7 +25,7 @@ from .configuration_dit_detection import DiTDetectionConfig
 from .convert_dit import dit_config, fold_dit
 from .head import AnchorHead
 from .latent_encoder import LatentEncoder
-from .load_dit import load_dit
+from .load_dit import load_dit, source_name
 from .losses import DetectionLoss
 from .matcher import AnchorMatcher
 from .neck import SimpleFeaturePyramid, SingleScaleNeck
@@ -189,6 +189,7 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
         if id2label is not None:
             id2label = {int(index): name for index, name in id2label.items()}
             config |= {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
+        config.setdefault("base_model", source_name(source))
         detection_config = dit_config(
             transformer, autoencoder, timestep=timestep, condition=condition, out_indices=out_indices, **config
         )
