@@ -95,8 +95,17 @@ def test_predict_writes_boxes_and_pictures(trained, coco_set, tmp_path):
     folder, _ = trained
     Image.new("L", (30, 50), 128).save(tmp_path / "grey.png")
     predictions = predict.main(
-        [str(folder), str(coco_set / "images"), str(tmp_path / "grey.png")]
-        + ["--output_dir", str(tmp_path / "out"), "--threshold", "0", "--batch_size", "4"]
+        [
+            str(folder),
+            str(coco_set / "images"),
+            str(tmp_path / "grey.png"),
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--threshold",
+            "0",
+            "--batch_size",
+            "4",
+        ]
     )
     assert json.loads((tmp_path / "out" / "predictions.json").read_text()) == predictions
     assert len(predictions) == 10 and len(list((tmp_path / "out").glob("*.jpg"))) == 10
@@ -133,8 +142,14 @@ def test_convert_and_train_on(coco_set, tmp_path, capsys):
     assert "backbone" in printed and "dit-detect train --model" in printed
     # From a detector of two classes to one of six: only the class layer starts afresh.
     metrics = train.main(
-        [*TINY, "--model", str(tmp_path / "detector"), "--dataset", str(coco_set), "--max_steps", "1"]
-        + [
+        [
+            *TINY,
+            "--model",
+            str(tmp_path / "detector"),
+            "--dataset",
+            str(coco_set),
+            "--max_steps",
+            "1",
             "--freeze_layers",
             "-1",
             "--eval_strategy",
@@ -143,8 +158,11 @@ def test_convert_and_train_on(coco_set, tmp_path, capsys):
             "no",
             "--load_best_model_at_end",
             "False",
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--augmentation",
+            "none",
         ]
-        + ["--output_dir", str(tmp_path / "out"), "--augmentation", "none"]
     )
     assert "test_map_circle" in metrics
 

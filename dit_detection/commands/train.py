@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 EMBEDDED_JOB = {
     "random_dit": "tiny",
     "image_size": [128],
-    "num_train_epochs": 9,
+    "num_train_epochs": 8,
     "learning_rate": 2e-3,
     "augmentation": '{"scale_probability": 0.0}',
 }
@@ -231,7 +231,7 @@ def _computes_bf16(on_cpu: bool) -> bool:
 
 def _load_dataset(data_args: DataArguments, seed: int) -> DatasetDict:
     if data_args.dataset is None:
-        return draw_shapes_dataset()
+        return draw_shapes_dataset(num_train=1000, num_validation=50, num_test=200)
     dataset = load_detection_dataset(
         data_args.dataset,
         on_invalid=data_args.on_invalid,
