@@ -41,7 +41,7 @@ def make_trainer(tiny_model, dataset, tmp_path):
             **arguments,
         }
         return DetectionTrainer(
-            tiny_model(num_labels=6, id2label=names, label2id={name: label for label, name in names.items()}),
+            tiny_model(num_labels=5, id2label=names, label2id={name: label for label, name in names.items()}),
             DetectionTrainingArguments(**arguments),
             processing_class=image_processor,
             train_dataset=DetectionTransform(image_processor).attach(dataset["train"]),
@@ -179,7 +179,7 @@ EVALUATION = """
 def test_two_processes_measure_what_one_does(tiny_model, tmp_path):
     names = dict(enumerate(id2label_of(draw_shapes_dataset(1, 0, 0, image_size=64)).values()))
     label2id = {name: label for label, name in names.items()}
-    tiny_model(num_labels=6, id2label=names, label2id=label2id).save_pretrained(tmp_path)
+    tiny_model(num_labels=5, id2label=names, label2id=label2id).save_pretrained(tmp_path)
     script = tmp_path / "evaluation.py"
     script.write_text(textwrap.dedent(EVALUATION))
     results = []

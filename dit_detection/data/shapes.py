@@ -1,8 +1,8 @@
 """
-A data set that the project draws itself: six kinds of shapes, rotated, overlapping, cut by the border, among clutter.
+A data set that the project draws itself: five kinds of shapes, rotated, overlapping, cut by the border, among clutter.
 
 Each kind has its typical hue, as cells and parts have, but hues scatter, some shapes are as good as grey, and clutter
-comes in the same hues: neither colour nor shape tells everything.
+has any colour: neither colour nor shape tells everything.
 
 It needs no network and no files, and lets anyone see a detector train within minutes. The constants below set its
 difficulty.
@@ -19,18 +19,18 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from .row_format import detection_features, empty_objects
 
-MAX_OBJECTS = 6
+MAX_OBJECTS = 5
 EMPTY_SHARE = 0.05  # of the images have no object at all
 SIZE_RANGE = (0.03, 0.6)  # longest side of an object / short side of the image
 # Where in the (logarithmic) range: Beta(1, 1) is flat, which makes a fifth of all objects under 6 %.
-SIZE_BETA = (2.8, 1.4)
-HUE_SCATTER = 0.03  # standard deviation, on a colour circle of length 1; the kinds are a sixth apart
-MAX_HIDDEN = 0.6  # share of an object that may lie under others or beyond the border
+SIZE_BETA = (3.0, 1.3)
+HUE_SCATTER = 0.03  # standard deviation, on a colour circle of length 1; the kinds are a fifth apart
+MAX_HIDDEN = 0.5  # share of an object that may lie under others or beyond the border
 MAX_BOX_IOU = 0.6  # two boxes that overlap more would be one after non-maximum suppression
 LOW_CONTRAST_SHARE = 0.05  # of the objects come close to the colour of the ground
 LOW_CONTRAST = (35, 60)  # distance from the ground's colour, Euclidean in 8-bit RGB
 MIN_CONTRAST = 90  # the same for all other objects
-MAX_CLUTTER = 4  # lines, scribbles and blobs behind the objects
+MAX_CLUTTER = 3  # lines, scribbles and blobs behind the objects
 FRONT_LINE_SHARE = 0.3  # of the images have a thin line across their objects
 JPEG_QUALITY = 92
 
@@ -121,19 +121,12 @@ def _regular(num_corners: int, radius: float = 1.0, inner: float | None = None) 
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
 
 
-def _cross(arm: float) -> Array:
-    quarter = np.array([[-arm, -1], [arm, -1], [arm, -arm]])
-    turn = np.array([[0, 1], [-1, 0]])  # by 90 degrees, for row vectors
-    return np.concatenate([quarter @ np.linalg.matrix_power(turn, quarters) for quarters in range(4)])
-
-
 SHAPES: dict[str, Callable[[np.random.Generator], list[Array]]] = {
     "circle": lambda rng: [_regular(72)],
     "square": lambda rng: [_regular(4)],
     "triangle": lambda rng: [_regular(3)],
     "star": lambda rng: [_regular(10, inner=rng.uniform(0.38, 0.5))],
     "ring": lambda rng: [_regular(72), _regular(72, radius=rng.uniform(0.45, 0.65))],
-    "cross": lambda rng: [_cross(rng.uniform(0.26, 0.4))],
 }
 
 
@@ -260,8 +253,8 @@ def _draw_ground(rng: np.random.Generator, size: Size) -> tuple[Image.Image, Arr
     direction, tint = rng.uniform(-1, 1, size=2), rng.uniform(-24, 24, size=3)
     ramp = np.linspace(-1, 1, size[1])[:, None] * direction[0] + np.linspace(-1, 1, size[0])[None] * direction[1]
     pixels = colour + (ramp[..., None] * tint).astype(np.float32)
-    pixels += _noise(rng, size, int(rng.integers(3, 7)), rng.uniform(0, 0.4))
-    pixels += _noise(rng, size, int(rng.integers(16, 48)), rng.uniform(0, 0.25))
+    pixels += _noise(rng, size, int(rng.integers(3, 7)), rng.uniform(0, 0.3))
+    pixels += _noise(rng, size, int(rng.integers(16, 48)), rng.uniform(0, 0.18))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), colour
 
 
@@ -297,7 +290,6 @@ def _draw_clutter(rng: np.random.Generator, image: Image.Image, ground: Array) -
             radii = (1 + lobes) * rng.uniform(0.03, 0.15) * side
             centre = rng.uniform(0, 1, size=2) * image.size
             points = centre + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-            colour = _typical_colour(rng, ground, int(rng.integers(len(SHAPES))))
             image.paste(colour, mask=_rasterise([points], image.size)[0])
 
 
