@@ -1,7 +1,6 @@
 """Object detection on Diffusion Transformers (DiT, Peebles & Xie), in the shape of a transformers model."""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
-from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
 from .data import (
     DetectionAugmentation,
@@ -43,8 +42,6 @@ AutoModelForObjectDetection.register(DiTDetectionConfig, DiTForObjectDetection, 
 AutoImageProcessor.register(
     DiTDetectionConfig, image_processor_classes={"torchvision": DiTDetectionImageProcessor}, exist_ok=True
 )
-# `pipeline("object-detection")` runs any registered model, but logs an error for a class that is not in this list.
-MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["dit_detection"] = "DiTForObjectDetection"
 
 # What makes `save_pretrained` and `push_to_hub` copy the code of `model/` beside the weights.
 DiTDetectionConfig.register_for_auto_class()

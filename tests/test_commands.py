@@ -140,7 +140,7 @@ def test_convert_and_train_on(coco_set, tmp_path, capsys):
     convert.main([*arguments, "--config_overrides", overrides])
     printed = capsys.readouterr().out
     assert "backbone" in printed and "dit-detect train --model" in printed
-    # From a detector of two classes to one of six: only the class layer starts afresh.
+    # From a detector of two classes to one of five: only the class layer starts afresh.
     metrics = train.main(
         [
             *TINY,

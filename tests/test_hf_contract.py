@@ -269,9 +269,10 @@ def test_lora_under_gradient_checkpointing_gives_equal_gradients(tiny_model, exa
 def checkpoint(tiny_model, tmp_path_factory):
     """A folder of a model that finds something everywhere, and its image processor."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    tiny_model(id2label={0: "cat", 1: "dog", 2: "owl"}, label2id={"cat": 0, "dog": 1, "owl": 2}).save_pretrained(
-        folder
-    )
+    model = tiny_model(id2label={0: "cat", 1: "dog", 2: "owl"}, label2id={"cat": 0, "dog": 1, "owl": 2})
+    with torch.no_grad():
+        model.head.class_predictor.bias.zero_()  # a fresh detector scores everything near 0.01
+    model.save_pretrained(folder)
     DiTDetectionImageProcessor(size=64).save_pretrained(folder)
     return folder
 
@@ -299,7 +300,8 @@ def test_pipeline_gives_one_by_one_what_it_gives_in_batches(checkpoint, images):
     for ours, theirs, image in zip(batched, single, images, strict=True):
         assert len(ours) == len(theirs)
         for a, b in zip(ours, theirs, strict=True):
-            assert (a["label"], a["box"]) == (b["label"], b["box"])
+            assert a["label"] == b["label"]
+            assert a["box"] == pytest.approx(b["box"], abs=1)  # cut to whole pixels
             assert a["score"] == pytest.approx(b["score"], abs=1e-5)
             assert a["label"] in {"cat", "dog", "owl"}
             assert 0 <= a["box"]["xmin"] <= a["box"]["xmax"] <= image.width
@@ -318,7 +320,9 @@ def test_pipeline_threshold_cuts_the_same_list(checkpoint, images):
 def test_pipeline_in_half_precision(checkpoint, images, dtype):
     detector = pipeline("object-detection", str(checkpoint), dtype=dtype)
     assert detector.model.dtype == dtype
-    assert all(0 < found["score"] <= 1 for image in detector(images, threshold=0.3, batch_size=2) for found in image)
+    results = detector(images, threshold=0.3, batch_size=2)
+    assert all(results)
+    assert all(0.3 < found["score"] <= 1 for image in results for found in image)
 
 
 def test_features_pipeline_takes_batches_apart(checkpoint, images):

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 EMBEDDED_JOB = {
     "random_dit": "tiny",
     "image_size": [128],
-    "num_train_epochs": 8,
+    "num_train_epochs": 4,
     "learning_rate": 2e-3,
     "augmentation": '{"scale_probability": 0.0}',
 }
@@ -163,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             "minutes": minutes,
             "sample_picture": "predictions.jpg",
             "history_picture": "history.png",
+            "limits": [] if model_args.model else ["Its DiT began with random weights, not with pretrained ones."],
         }
         trainer.create_model_card()
         logger.info(
@@ -231,7 +232,7 @@ def _computes_bf16(on_cpu: bool) -> bool:
 
 def _load_dataset(data_args: DataArguments, seed: int) -> DatasetDict:
     if data_args.dataset is None:
-        return draw_shapes_dataset(num_train=1000, num_validation=50, num_test=200)
+        return draw_shapes_dataset(num_train=2000, num_validation=60, num_test=200)
     dataset = load_detection_dataset(
         data_args.dataset,
         on_invalid=data_args.on_invalid,

@@ -23,14 +23,14 @@ MAX_OBJECTS = 5
 EMPTY_SHARE = 0.05  # of the images have no object at all
 SIZE_RANGE = (0.03, 0.6)  # longest side of an object / short side of the image
 # Where in the (logarithmic) range: Beta(1, 1) is flat, which makes a fifth of all objects under 6 %.
-SIZE_BETA = (3.0, 1.3)
-HUE_SCATTER = 0.03  # standard deviation, on a colour circle of length 1; the kinds are a fifth apart
+SIZE_BETA = (3.6, 1.1)
+HUE_SCATTER = 0.025  # standard deviation, on a colour circle of length 1; the kinds are a fifth apart
 MAX_HIDDEN = 0.5  # share of an object that may lie under others or beyond the border
 MAX_BOX_IOU = 0.6  # two boxes that overlap more would be one after non-maximum suppression
-LOW_CONTRAST_SHARE = 0.05  # of the objects come close to the colour of the ground
+LOW_CONTRAST_SHARE = 0.03  # of the objects come close to the colour of the ground
 LOW_CONTRAST = (35, 60)  # distance from the ground's colour, Euclidean in 8-bit RGB
-MIN_CONTRAST = 90  # the same for all other objects
-MAX_CLUTTER = 3  # lines, scribbles and blobs behind the objects
+MIN_CONTRAST = 100  # the same for all other objects
+MAX_CLUTTER = 2  # lines, scribbles and blobs behind the objects
 FRONT_LINE_SHARE = 0.3  # of the images have a thin line across their objects
 JPEG_QUALITY = 92
 

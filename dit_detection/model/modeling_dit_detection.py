@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -29,6 +30,9 @@ from .load_dit import load_dit, source_name
 from .losses import DetectionLoss
 from .matcher import AnchorMatcher
 from .neck import SimpleFeaturePyramid, SingleScaleNeck
+
+# `pipeline("object-detection")` runs any registered model, but logs an error for a class that is not in this list.
+MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["dit_detection"] = "DiTForObjectDetection"
 
 
 @dataclass
@@ -298,9 +302,8 @@ def _image_sizes(pixel_values: Tensor, pixel_mask: Tensor | None, labels: list[d
         sizes = torch.stack([torch.as_tensor(image_labels["size"]) for image_labels in labels])
         return sizes.to(pixel_values.device, torch.float32)
     height, width = pixel_values.shape[-2:]
-    return torch.tensor([[height, width]], dtype=torch.float32, device=pixel_values.device).expand(
-        len(pixel_values), 2
-    )
+    sizes = torch.tensor([[height, width]], dtype=torch.float32, device=pixel_values.device)
+    return sizes.expand(pixel_values.shape[0], 2)  # not `len`: it would fix the batch size of an exported graph
 
 
 def _as_target(image_labels: dict[str, Tensor], size: Tensor) -> dict[str, Tensor]:
