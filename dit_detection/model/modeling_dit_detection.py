@@ -247,7 +247,7 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
                 (height, width) on the canvas, which counts where there is no `pixel_mask`.
         """
         features: DiTDetectionModelOutput = self.model(pixel_values, return_dict=True, **kwargs)
-        feature_maps = self.neck(features.feature_maps.unbind(1))
+        feature_maps = self.neck(features.feature_maps.unbind(1))  # type: ignore[union-attr]
         logits, deltas = self.head(feature_maps)  # (B, A, num_labels), (B, A, 4)
 
         shapes = [feature_map.shape[-2:] for feature_map in feature_maps]
