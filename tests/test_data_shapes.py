@@ -37,7 +37,7 @@ def test_images_are_varied_and_boxes_lie_inside() -> None:
         for x, y, w, h in objects["bbox"]:
             assert x >= 0 and y >= 0 and w > 0 and h > 0 and x + w <= width + 1e-9 and y + h <= height + 1e-9
             relative.append(max(w, h) / min(width, height))
-    assert min(relative) < 0.06
+    assert min(relative) < 0.1
     assert 0.5 < max(relative) <= 0.61
     assert train[0]["image"].size == (train[0]["width"], train[0]["height"])
 
