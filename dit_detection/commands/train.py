@@ -58,7 +58,8 @@ class ModelArguments:
         },
     )
     random_dit: Literal["tiny", "small"] = field(
-        default="small", metadata={"help": "Without --model: size of the random DiT, 1.2 M or 3.8 M parameters."}
+        default="small",
+        metadata={"help": "Without --model: size of the random DiT; with its detector 1.2 M or 3.6 M parameters."},
     )
     vae: str = field(
         default="auto",

@@ -64,18 +64,20 @@ class PatchEmbedding(nn.Module):
 
     def positions(self, height: int, width: int, like: Tensor) -> Tensor:
         """Positions of the grid as `(1, N, D)`, on the device and in the dtype of `like`."""
-        key = (height, width, like.device, like.dtype)
         # A compiled or exported graph has symbolic sizes, which cannot be keys.
-        if torch.compiler.is_compiling() or key not in self._positions:
-            with torch.inference_mode(False), torch.no_grad():
-                table = make_positions(height, width, self.projection.out_channels, self.pretrained_grid)
-                table = table[None].to(device=like.device, dtype=like.dtype)
-            if torch.compiler.is_compiling():
-                return table
+        if torch.compiler.is_compiling():
+            return self._make_table(height, width, like)
+        key = (height, width, like.device, like.dtype)
+        if key not in self._positions:
             if len(self._positions) >= 16:  # sets of many image shapes must not fill the memory
                 self._positions.clear()
-            self._positions[key] = table
+            with torch.inference_mode(False):  # a tensor made in inference mode could not be trained with later
+                self._positions[key] = self._make_table(height, width, like)
         return self._positions[key]
+
+    def _make_table(self, height: int, width: int, like: Tensor) -> Tensor:
+        table = make_positions(height, width, self.projection.out_channels, self.pretrained_grid)
+        return table[None].to(device=like.device, dtype=like.dtype)
 
     def forward(self, latents: Tensor) -> Tensor:
         """`(B, in_channels, h * patch_size, w * patch_size)` → `(B, N, D)`."""
