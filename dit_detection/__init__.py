@@ -4,7 +4,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 
 from .data import (
     DetectionAugmentation,
-    DetectionTransform,
+    DetectionDataset,
+    DetectionIterableDataset,
     InvalidDatasetError,
     collate_detection,
     id2label_of,
@@ -20,9 +21,10 @@ from .visualize import draw_detections, draw_grid
 __all__ = [
     "CocoMetric",
     "DetectionAugmentation",
+    "DetectionDataset",
+    "DetectionIterableDataset",
     "DetectionTrainer",
     "DetectionTrainingArguments",
-    "DetectionTransform",
     "DiTDetectionConfig",
     "DiTDetectionImageProcessor",
     "DiTDetectionModel",

@@ -2,17 +2,28 @@
 
 import sys
 
-from .commands import convert, evaluate, predict, train
+from .commands import check, convert, evaluate, export, predict, preview, train
 
-COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "convert": convert}
+COMMANDS = {
+    "check": check,
+    "preview": preview,
+    "train": train,
+    "evaluate": evaluate,
+    "predict": predict,
+    "export": export,
+    "convert": convert,
+}
 
 USAGE = """usage: dit-detect COMMAND [OPTIONS]
 
 Object detection on Diffusion Transformers (DiT).
 
+  check      annotated images → what is in them, what is wrong with them, and whether training would start
+  preview    annotated images → a picture of what the model is fed in training
   train      annotated images → a trained detector, its mAP and pictures of what it sees
   evaluate   a detector on annotated images → COCO metrics
   predict    a detector on images → boxes as JSON, and pictures
+  export     a detector → an ONNX file or a torch.export program, compared with the detector
   convert    a DiT checkpoint of diffusers → a detector whose head is yet to be trained
 
 `dit-detect COMMAND --help` lists the options of a command.

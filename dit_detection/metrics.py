@@ -13,11 +13,14 @@ import evaluate
 import hotcoco
 import numpy as np
 import torch
-from datasets import Features, List, Value
+from datasets import Features, Value
 from numpy.typing import NDArray
 
 _OVERALL_KEYS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 _AREAS = ("small", "medium", "large")
+# What follows the box, xyxy, in the float64 rows in which the examples are kept.
+_PREDICTION_COLUMNS = ("labels", "scores")
+_REFERENCE_COLUMNS = ("labels", "area", "iscrowd")
 
 _DESCRIPTION = """
 Mean average precision and recall of object detection by COCO's protocol: IoU thresholds 0.50:0.05:0.95, 101 recall
@@ -89,21 +92,13 @@ class CocoMetric(evaluate.Metric):
         super().__init__(**kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
-        objects = {
-            "image_id": Value("int64"),
-            "labels": List(Value("int64")),
-            "boxes": List(List(Value("float64"), length=4)),
-        }
+        # Rows as bytes: lists would be gone through number by number, in Python, on their way to the file and back.
+        rows = {"image_id": Value("int64"), "rows": Value("binary")}
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_INPUTS,
-            features=Features(
-                {
-                    "predictions": {**objects, "scores": List(Value("float64"))},
-                    "references": {**objects, "area": List(Value("float64")), "iscrowd": List(Value("int64"))},
-                }
-            ),
+            features=Features({"predictions": rows, "references": rows}),
             reference_urls=["https://cocodataset.org/#detection-eval"],
         )
 
@@ -138,17 +133,21 @@ class CocoMetric(evaluate.Metric):
         return found, truth
 
     def _checked_prediction(self, example: Mapping[str, Any]) -> dict[str, Any]:
-        checked, where = self._checked_boxes(example, "prediction")
-        return checked | {"scores": _array(example, "scores", where, (len(checked["labels"]),))}
+        image_id, where, boxes, labels = self._checked_boxes(example, "prediction")
+        scores = _array(example, "scores", where, (len(boxes),))
+        return {"image_id": image_id, "rows": np.column_stack([boxes, labels, scores]).tobytes()}
 
     def _checked_reference(self, example: Mapping[str, Any]) -> dict[str, Any]:
-        checked, where = self._checked_boxes(example, "reference")
-        boxes = checked["boxes"]
+        image_id, where, boxes, labels = self._checked_boxes(example, "reference")
         areas, zeros = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1), np.zeros(len(boxes))
-        iscrowd = _array(example, "iscrowd", where, (len(boxes),), default=zeros).astype(np.int64)
-        return checked | {"area": _array(example, "area", where, (len(boxes),), default=areas), "iscrowd": iscrowd}
+        area = _array(example, "area", where, (len(boxes),), default=areas)
+        iscrowd = _array(example, "iscrowd", where, (len(boxes),), default=zeros)
+        return {"image_id": image_id, "rows": np.column_stack([boxes, labels, area, iscrowd]).tobytes()}
 
-    def _checked_boxes(self, example: Mapping[str, Any], role: str) -> tuple[dict[str, Any], str]:
+    def _checked_boxes(
+        self, example: Mapping[str, Any], role: str
+    ) -> tuple[int, str, NDArray[np.float64], NDArray[np.float64]]:
+        """Image id, its name for messages, boxes `(K, 4)` and labels `(K,)`."""
         image_id = _image_id(example, role)
         where = f"the {role} of image {image_id}"
         boxes = _array(example, "boxes", where, (None, 4))
@@ -158,24 +157,23 @@ class CocoMetric(evaluate.Metric):
                 f"boxes of {where} must be xyxy in original pixels, got {boxes[inverted][0].tolist()}. Is it xywh?"
             )
         labels = _array(example, "labels", where, (len(boxes),))
-        for label in np.unique(labels).tolist():
+        for label in sorted(set(labels.tolist())):
             if label != int(label) or label < 0 or (self.id2label is not None and label not in self.id2label):
                 known = "whole numbers from 0" if self.id2label is None else f"in id2label, {self.id2label}"
                 raise ValueError(f"labels of {where} must be {known}, got {label:g}.")
-        return {"image_id": image_id, "labels": labels.astype(np.int64), "boxes": boxes}, where
+        return image_id, where, boxes, labels
 
     def _compute(self, *, predictions: list[dict[str, Any]], references: list[dict[str, Any]]) -> dict[str, float]:
-        images: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+        images: dict[int, tuple[bytes, bytes]] = {}
         for prediction, reference in zip(predictions, references, strict=True):
-            _, known = images.setdefault(reference["image_id"], (prediction, reference))
-            if known is not reference and not _same_objects(known, reference):
-                raise ValueError(
-                    f"image_id {reference['image_id']} came twice with different objects: ids must be unique."
-                )
+            image_id, rows = reference["image_id"], reference["rows"]
+            _, known = images.setdefault(image_id, (prediction["rows"], rows))
+            if known is not rows and not _same_objects(known, rows):
+                raise ValueError(f"image_id {image_id} came twice with different objects: ids must be unique.")
         # Equal scores of different images rank in the order of the ids, whatever order the images arrived in.
         pairs = [images[image_id] for image_id in sorted(images)]
-        found = _columns([prediction for prediction, _ in pairs], ("scores", "labels"))
-        truth = _columns([reference for _, reference in pairs], ("labels", "area", "iscrowd"))
+        found = _columns([prediction for prediction, _ in pairs], _PREDICTION_COLUMNS)
+        truth = _columns([reference for _, reference in pairs], _REFERENCE_COLUMNS)
 
         if self.id2label is None:
             labels = np.union1d(found["labels"], truth["labels"]).astype(np.int64).tolist()
@@ -216,7 +214,7 @@ def _array(
             f"{key} of {where} are in half precision, whose rounding makes ties and moves boxes. Convert the model's "
             "outputs to float32 before the sigmoid and the scaling to pixels."
         )
-    array = array.astype(np.float64)
+    array = array.astype(np.float64, copy=False)
     if array.size == 0:
         array = array.reshape(0, *shape[1:])
     if array.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):
@@ -226,19 +224,18 @@ def _array(
     return array
 
 
-def _same_objects(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+def _same_objects(first: bytes, second: bytes) -> bool:
     """Whether two references of an image agree, to a thousandth of a pixel."""
-    return first["labels"] == second["labels"] and all(
-        np.allclose(first[key], second[key], atol=1e-3) for key in ("boxes", "area", "iscrowd")
-    )
+    return len(first) == len(second) and np.allclose(np.frombuffer(first), np.frombuffer(second), atol=1e-3)
 
 
-def _columns(examples: list[dict[str, Any]], keys: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Chain the examples of N images: `image` (1 to N) and xywh `boxes`, beside the columns named by `keys`."""
-    columns = {key: np.array([value for example in examples for value in example[key]], float) for key in keys}
-    columns["image"] = np.repeat(np.arange(1, len(examples) + 1), [len(example["labels"]) for example in examples])
-    boxes = np.array([box for example in examples for box in example["boxes"]], float).reshape(-1, 4)
-    columns["boxes"] = np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]])
+def _columns(images: Sequence[bytes], names: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """Chain the rows of N images: `image` (1 to N) and xywh `boxes`, beside the columns that follow the box."""
+    table = np.frombuffer(b"".join(images)).reshape(-1, 4 + len(names))
+    counts = [len(rows) // table.strides[0] for rows in images]
+    columns = {name: table[:, 4 + index].copy() for index, name in enumerate(names)}
+    columns["image"] = np.repeat(np.arange(1, len(images) + 1), counts)
+    columns["boxes"] = np.hstack([table[:, :2], table[:, 2:4] - table[:, :2]])
     return columns
 
 

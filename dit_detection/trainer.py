@@ -10,10 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
 from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
-from .data import collate_detection
+from .data import DetectionDataset, EpochCallback, RepeatFactorSampler, collate_detection, repeat_factors_of
+from .frozen_cache import FrozenDataset, cache_frozen
 from .metrics import CocoMetric
+from .model.labels import pad_labels
 from .model_card import DetectionModelCardData, create_model_card
 
 # Fills what is ragged up to a rectangle; the value that Trainer itself pads with across batches and processes.
@@ -30,6 +34,12 @@ class DetectionTrainingArguments(TrainingArguments):
             head always get.
         layer_decay (`float`): Each block learns at this multiple of the next deeper one's rate, the patch embedding at
             the lowest. 1 for weights that were not pretrained.
+        cache_frozen (`bool`): Run the frozen part of the model over the data once, before training, instead of in
+            every step; see [`cache_frozen`]. An augmented data set then needs `num_views`.
+        frozen_cache_dir (`str`, *optional*): Where to keep what it makes of them; by default in the cache of
+            `datasets`.
+        repeat_factor_threshold (`float`, *optional*): Images with a class that is in a smaller share of the training
+            images than this come several times per epoch, in the same view; see [`repeat_factors_of`]. Off by default.
     """
 
     backbone_learning_rate: float | None = field(
@@ -37,6 +47,18 @@ class DetectionTrainingArguments(TrainingArguments):
     )
     layer_decay: float = field(
         default=0.85, metadata={"help": "Learning rate of each block relative to the next deeper one."}
+    )
+    cache_frozen: bool = field(
+        default=False,
+        metadata={
+            "help": "Run the frozen part (VAE, frozen blocks) over each view of each image once, and keep that."
+        },
+    )
+    frozen_cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder for --cache_frozen. Default: in the cache of `datasets`."}
+    )
+    repeat_factor_threshold: float | None = field(
+        default=None, metadata={"help": "Repeat images of classes that less than this share of the images have."}
     )
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of neck and head."})
@@ -54,6 +76,13 @@ class DetectionTrainingArguments(TrainingArguments):
     # Trainer drops the columns that the model's forward does not name; before the transform has made those.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the transform needs all."})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Of streamed rows accelerate would have one process read for all, and cut every tensor in a batch to the
+        # batch's length: each image's labels, too.
+        if self.accelerator_config.dispatch_batches is None:
+            self.accelerator_config.dispatch_batches = False
+
 
 class DetectionTrainer(Trainer):
     """
@@ -62,7 +91,8 @@ class DetectionTrainer(Trainer):
     `evaluate` returns COCO metrics (`eval_map`, `eval_map_50`, `eval_map_<class>`, …, see [`CocoMetric`]) and
     `eval_loss`, the mean loss per image. Both are the same for every batch size and number of processes.
 
-    Data sets yield `pixel_values`, `pixel_mask` and `labels`, as `DetectionTransform` makes them.
+    Data sets yield `pixel_values`, `pixel_mask` and `labels`, as `DetectionDataset` makes them, or what
+    `encode_frozen` made of the pixels, as `FrozenDataset` does.
     """
 
     def __init__(
@@ -80,8 +110,47 @@ class DetectionTrainer(Trainer):
         kwargs.setdefault("data_collator", collate_detection)
         kwargs.setdefault("compute_metrics", self._compute_coco_metrics)
         super().__init__(model, args, processing_class=processing_class, **kwargs)
+        self.add_callback(EpochCallback())
+        self._repeat_factors = None
+        train_dataset = kwargs.get("train_dataset")
+        if self.args.repeat_factor_threshold is not None and train_dataset is not None:
+            if not isinstance(train_dataset, DetectionDataset):
+                raise ValueError(
+                    f"repeat_factor_threshold={self.args.repeat_factor_threshold} needs a DetectionDataset to train "
+                    f"on, got {type(train_dataset).__name__}: images are drawn by the classes in its rows."
+                )
+            self._repeat_factors = repeat_factors_of(train_dataset.rows, self.args.repeat_factor_threshold)
         # What the model card should say beyond what the trainer knows: fields of `DetectionModelCardData`.
         self.card_facts: dict[str, Any] = {}
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As `Trainer.train`; with `args.cache_frozen` the frozen part first runs over the data sets, once."""
+        if self.args.cache_frozen:
+            self.train_dataset = self._without_frozen_part(self.train_dataset)  # type: ignore[has-type]
+            if self.args.eval_strategy != "no":
+                self.eval_dataset = self._without_frozen_part(self.eval_dataset)  # type: ignore[has-type]
+        return super().train(*args, **kwargs)
+
+    def _without_frozen_part(self, dataset: Any) -> Any:
+        """The data set after the frozen part; dicts of evaluation sets one by one."""
+        if isinstance(dataset, dict):
+            return {name: self._without_frozen_part(one) for name, one in dataset.items()}
+        if isinstance(dataset, FrozenDataset):
+            return dataset
+        return cache_frozen(
+            self.model,
+            dataset,
+            dtype=torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32,
+            cache_dir=self.args.frozen_cache_dir,
+            batch_size=self.args.per_device_train_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+        )
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        if self._repeat_factors is None:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return RepeatFactorSampler(self._repeat_factors, seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of `args.optim`, with a learning rate and weight decay per parameter."""
@@ -90,6 +159,11 @@ class DetectionTrainer(Trainer):
             optimizer_cls, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_cls(parameter_groups(model, self.args), **optimizer_kwargs)
         return self.optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.compute_loss`, on labels of one shape: a compiled model sees no new number of objects."""
+        labels = pad_labels(inputs["labels"], self.model.config.num_labels)
+        return super().compute_loss(model, {**inputs, "labels": labels}, *args, **kwargs)
 
     def prediction_step(
         self,

@@ -108,6 +108,28 @@ def test_eager_attention_equals_sdpa():
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(1, 4, 24))
 
 
+def test_the_residual_stream_is_contiguous():
+    # Every block keeps the strides of its input, and every norm would copy another order.
+    backbone = random_backbone(tiny_config())
+    for latents in (torch.randn(2, 3, 16, 24), torch.randn(2, 3, 16, 24).to(memory_format=torch.channels_last)):
+        assert backbone.patch_embedding(latents).is_contiguous()
+        assert backbone(latents)[0].is_contiguous()
+
+
+@pytest.mark.parametrize(("dtype", "fused"), [(torch.bfloat16, 0), (torch.float32, 1)])
+def test_bfloat16_on_a_cpu_does_without_the_fused_attention(monkeypatch, dtype, fused):
+    backbone = random_backbone(tiny_config()).to(dtype)
+    calls, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(a) or sdpa(*a, **k)
+    )
+    output, _ = backbone.layers[0].attention(torch.randn(1, 16, 32, dtype=dtype))
+    assert len(calls) == fused
+    long, _ = backbone.layers[0].attention(torch.randn(1, 600, 32, dtype=dtype))
+    assert len(calls) == fused + 1
+    assert output.dtype == long.dtype == dtype
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_half(dtype):
     backbone = random_backbone(tiny_config()).to(dtype)
@@ -120,5 +142,6 @@ def test_trains_under_bfloat16_autocast():
     backbone = random_backbone(tiny_config())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         last, _ = backbone(torch.randn(1, 3, 16, 24))
+    assert last.dtype == torch.bfloat16  # no float32 between the blocks, which every product would cast back
     last.float().square().mean().backward()
     assert all(layer.scale1.weight.grad.isfinite().all() for layer in backbone.layers)

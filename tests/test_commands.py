@@ -8,8 +8,9 @@ import pytest
 from coco_folder import write_images
 from PIL import Image
 
-from dit_detection import cli
+from dit_detection import InvalidDatasetError, cli
 from dit_detection.commands import convert, evaluate, predict, train
+from dit_detection.commands.train_options import read_json_option
 from dit_detection.data import draw_shapes_dataset
 from dit_detection.small_dit import write_small_dit
 
@@ -77,18 +78,74 @@ def test_evaluate_measures_what_train_reported(trained, coco_set, tmp_path):
 def test_evaluate_refuses_other_classes_and_missing_splits(trained, coco_set, tmp_path, capsys):
     folder, _ = trained
     content = json.loads((coco_set / "annotations_test.json").read_text())
-    content["categories"][0]["name"] = "disc"
+    used = content["annotations"][0]["category_id"]
+    next(entry for entry in content["categories"] if entry["id"] == used)["name"] = "disc"
     write_images(tmp_path / "images", tuple(image["file_name"] for image in content["images"]))
     for image in content["images"]:
         Image.new("RGB", (64, 64)).save(tmp_path / "images" / image["file_name"])
     (tmp_path / "annotations_test.json").write_text(json.dumps(content))
-    for arguments, message in (
-        (["--dataset", str(tmp_path)], "disc"),
-        (["--dataset", str(coco_set), "--split", "tset"], "train, validation, test"),
+    with pytest.raises(InvalidDatasetError, match="disc"):
+        evaluate.main([str(folder), "--dataset", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        evaluate.main([str(folder), "--dataset", str(coco_set), "--split", "tset"])
+    assert "train, validation, test" in capsys.readouterr().err
+
+
+def test_evaluate_reads_classes_in_the_order_of_the_checkpoint(trained, coco_set, tmp_path):
+    folder, metrics = trained
+    content = json.loads((coco_set / "annotations_test.json").read_text())
+    for part, field in (("categories", "id"), ("annotations", "category_id")):
+        for entry in content[part]:
+            entry[field] = 10 - entry[field]
+    (tmp_path / "annotations_test.json").write_text(json.dumps(content))
+    (tmp_path / "images").symlink_to(coco_set / "images")
+    again = evaluate.main([str(folder), "--dataset", str(tmp_path)])
+    assert again["test_map"] == pytest.approx(metrics["test_map"], abs=1e-6)
+    assert again["test_map_circle"] == pytest.approx(metrics["test_map_circle"], abs=1e-6)
+
+
+def test_a_dry_run_trains_nothing(coco_set, tmp_path, capsys):
+    arguments = ["--dataset", str(coco_set), "--freeze_layers", "-1", "--dry_run", "--output_dir", str(tmp_path)]
+    assert train.main([*TINY, *arguments]) == {}
+    told = capsys.readouterr().out
+    for words in ("4 to train on, 2 for validation", "4 of 4 blocks", "1 per epoch, 50 in all", "--cache_frozen"):
+        assert words in told, told
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_training_from_the_cache_of_frozen_states(coco_set, tmp_path):
+    arguments = ["--dataset", str(coco_set), "--num_train_epochs", "2", "--freeze_layers", "-1", "--num_views", "2"]
+    results = []
+    for name, more in (("plain", []), ("cached", ["--cache_frozen", "--frozen_cache_dir", str(tmp_path / "cache")])):
+        metrics = train.main([*TINY, *arguments, *more, "--output_dir", str(tmp_path / name)])
+        results.append(metrics)
+    assert results[1]["test_loss"] == pytest.approx(results[0]["test_loss"], rel=1e-5)
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # of train and of validation
+
+
+def test_training_on_a_stream(coco_set, tmp_path, capsys):
+    arguments = ["--dataset", str(coco_set), "--streaming", "--output_dir", str(tmp_path)]
+    metrics = train.main([*TINY, *arguments, "--max_steps", "2", "--per_device_train_batch_size", "2"])
+    assert "test_map" in metrics and (tmp_path / "predictions.jpg").is_file()
+    for wrong, message in (
+        (["--cache_frozen"], "--cache_frozen needs to see all"),
+        (["--max_steps", "-1"], "max_steps"),
     ):
         with pytest.raises(SystemExit):
-            evaluate.main([str(folder), *arguments])
+            train.main([*TINY, *arguments, "--max_steps", "2", *wrong])
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "value"), [("config_overrides", "nothing.json"), ("augmentation", "[1]")])
+def test_options_in_json_say_what_is_wrong(option, value):
+    with pytest.raises(ValueError, match=f"--{option} "):
+        train.main([*TINY, f"--{option}", value, "--dry_run"])
+
+
+def test_options_in_json_may_be_files(tmp_path):
+    path = tmp_path / "anchors.json"
+    path.write_text('{"aspect_ratios": [1.0]}')
+    assert read_json_option("config_overrides", str(path)) == {"aspect_ratios": [1.0]}
 
 
 def test_predict_writes_boxes_and_pictures(trained, coco_set, tmp_path):
@@ -176,7 +233,7 @@ def test_resumes_from_the_last_checkpoint(coco_set, tmp_path):
     assert metrics["test_map"] >= 0
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate", "predict", "convert_dit"])
+@pytest.mark.parametrize("script", ["train", "evaluate", "predict", "convert_dit", "export"])
 def test_scripts_say_how_they_are_run(script):
     text = (ROOT / "scripts" / f"{script}.py").read_text()
     assert text.count(f"scripts/{script}.py") == 2

@@ -95,7 +95,7 @@ def test_damage_is_reported(
         (json.dumps(coco_content())[:-40], "not valid JSON, perhaps cut off, at line 1, column"),
         ("", "not valid JSON, perhaps cut off, at line 1, column 1"),
         ("[]", "holds a list, not an object"),
-        ("[" * 100_000, "cannot be read: maximum recursion depth exceeded"),
+        ('{"images": ' + "[" * 100_000, "cannot be read: maximum recursion depth exceeded"),
     ],
 )
 def test_broken_json(tmp_path: Path, text: str, what: str) -> None:

@@ -133,13 +133,13 @@ def test_source_that_does_not_exist(source: str) -> None:
 
 def test_folder_without_annotations(tmp_path: Path) -> None:
     write_images(tmp_path)
-    with pytest.raises(InvalidDatasetError, match="holds neither a COCO JSON nor"):
+    with pytest.raises(InvalidDatasetError, match=r"holds no annotations that are known(.|\n)*Found: 2 x .png"):
         load_detection_dataset(tmp_path)
 
 
 def test_file_that_is_no_json(tmp_path: Path) -> None:
     write_images(tmp_path)
-    with pytest.raises(InvalidDatasetError, match=r"a.png is not a COCO JSON file"):
+    with pytest.raises(InvalidDatasetError, match=r"a.png: is no file of annotations: known are .json"):
         load_detection_dataset(tmp_path / "a.png")
 
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
+from dit_detection.model import losses as losses_module
 from dit_detection.model.anchors import make_anchors
 from dit_detection.model.box_coder import BoxCoder
 from dit_detection.model.losses import DetectionLoss
@@ -56,6 +57,20 @@ SETTINGS = [
 ]
 
 
+def stack(targets):
+    """Targets of single images → rectangles, one row longer than the longest."""
+    num_rows = max(len(target["boxes"]) for target in targets) + 1
+    rectangles = {
+        "boxes": torch.zeros(len(targets), num_rows, 4),
+        "class_labels": torch.full((len(targets), num_rows), -100),
+        "iscrowd": torch.zeros(len(targets), num_rows, dtype=torch.bool),
+    }
+    for image, target in enumerate(targets):
+        for key, rectangle in rectangles.items():
+            rectangle[image, : len(target["boxes"])] = target[key]
+    return rectangles
+
+
 def head_outputs(batch_size=2, scale=2.0, seed=0):
     torch.manual_seed(seed)
     logits = (torch.randn(batch_size, NUM_ANCHORS, 3) * scale).requires_grad_()
@@ -71,15 +86,16 @@ def loss_of(config):
 def detection_loss(config, logits, deltas, targets, valid=None):
     anchors = make_anchors(SHAPES, STRIDES, config.anchor_sizes, config.aspect_ratios)
     valid = torch.ones(len(targets), NUM_ANCHORS, dtype=torch.bool) if valid is None else valid
-    return loss_of(config)(logits, deltas, anchors, LEVEL_SIZES, valid, targets)
+    return loss_of(config)(logits, deltas, anchors, LEVEL_SIZES, valid, stack(targets))
 
 
 def matched_of(config, targets):
     anchors = make_anchors(SHAPES, STRIDES, config.anchor_sizes, config.aspect_ratios)
-    valid = torch.ones(NUM_ANCHORS, dtype=torch.bool)
+    valid = torch.ones(len(targets), NUM_ANCHORS, dtype=torch.bool)
+    rectangles = stack(targets)
+    exists = rectangles["class_labels"] >= 0
     matcher = loss_of(config).matcher
-    rows = [matcher(anchors, LEVEL_SIZES, target["boxes"], target["iscrowd"], valid) for target in targets]
-    return anchors, torch.stack(rows)
+    return anchors, matcher(anchors, LEVEL_SIZES, rectangles["boxes"], exists, rectangles["iscrowd"], valid)
 
 
 # values
@@ -112,6 +128,31 @@ def test_focal_loss_equals_torchvision(tiny_config, case, matcher, scale, alpha,
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("gamma", [0.1, 0.5, 1.0])
+def test_a_score_of_zero_has_a_gradient_at_any_gamma(tiny_config, gamma):
+    # sigmoid(-200) is 0 in float32, where sigmoid ** gamma rises infinitely fast if gamma is below 1.
+    logits, deltas = head_outputs()
+    wild = torch.where(logits > 0, 200.0, -200.0).detach().requires_grad_()
+    losses = detection_loss(tiny_config(focal_gamma=gamma), wild, deltas, CASES["objects"])
+    (gradient,) = torch.autograd.grad(losses.loss_class.sum(), wild)
+    assert torch.isfinite(losses.loss_class).all()
+    assert torch.isfinite(gradient).all()
+    assert (gradient[wild < 0].abs().amax() > 0) and (gradient[wild > 0].amax() > 0)
+
+
+@pytest.mark.parametrize("chunk", [1, 100])
+@pytest.mark.parametrize("overrides", SETTINGS[:3])
+def test_chunks_make_no_difference(tiny_config, monkeypatch, overrides, chunk):
+    config = tiny_config(**overrides, class_weights=[0.5, 1.0, 2.0])
+    logits, deltas = head_outputs()
+    whole = detection_loss(config, logits, deltas, CASES["objects"]).loss_class
+    monkeypatch.setattr(losses_module, "CPU_CHUNK", chunk)
+    pieces = detection_loss(config, logits, deltas, CASES["objects"]).loss_class
+    torch.testing.assert_close(pieces, whole, rtol=1e-6, atol=1e-6)
+    ours, expected = (torch.autograd.grad(loss.sum(), logits)[0] for loss in (pieces, whole))
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("class_weights", [None, [0.5, 1.0, 4.0]])
 @pytest.mark.parametrize("scale", [1.0, 50.0])
 def test_cross_entropy_equals_torch_with_a_factor_per_class(tiny_config, class_weights, scale):
@@ -135,7 +176,9 @@ def test_class_loss_by_hand(tiny_config):
     target = make_target([[0, 0, 16, 16]], [2])
     deltas = torch.zeros(1, 2, 4)
     deltas[0, 0] = torch.tensor([0.5, -0.25, 0.0, 1.0])
-    losses = loss_of(config)(torch.zeros(1, 2, 3), deltas, anchors, [2], torch.ones(1, 2, dtype=torch.bool), [target])
+    losses = loss_of(config)(
+        torch.zeros(1, 2, 3), deltas, anchors, [2], torch.ones(1, 2, dtype=torch.bool), stack([target])
+    )
     assert losses.num_matched.tolist() == [1]
     torch.testing.assert_close(losses.loss_class, torch.tensor([(0.25 + 5 * 0.75) * 0.25 * 0.6931472]))
     torch.testing.assert_close(losses.loss_bbox, torch.tensor([2.0 * 1.75]))  # box_loss_weight is 2

@@ -18,7 +18,9 @@ def match(method, boxes, anchors=ANCHORS, level_sizes=None, per_cell=PER_CELL, i
     level_sizes = LEVEL_SIZES if level_sizes is None else level_sizes
     iscrowd = torch.zeros(len(boxes), dtype=torch.bool) if iscrowd is None else torch.tensor(iscrowd)
     valid = torch.ones(len(anchors), dtype=torch.bool) if valid is None else valid
-    return AnchorMatcher(method, per_cell, **settings)(anchors, level_sizes, boxes, iscrowd, valid)
+    exists = torch.ones_like(iscrowd)
+    matcher = AnchorMatcher(method, per_cell, **settings)
+    return matcher(anchors, level_sizes, boxes[None], exists[None], iscrowd[None], valid[None])[0]
 
 
 def random_boxes(count, seed, low=4.0, high=80.0):
@@ -103,13 +105,11 @@ def test_no_objects_is_all_background(method):
 @pytest.mark.parametrize("method", ["max_iou", "atss"])
 def test_chunks_make_no_difference(method, monkeypatch):
     boxes = torch.cat([random_boxes(600, 3), nasty_boxes(), random_boxes(100, 3)])
-    in_chunks = match(method, boxes)
-    assert len(boxes) > 2 * matcher_module.CHUNK
-    monkeypatch.setattr(matcher_module, "CHUNK", 10_000)
     at_once = match(method, boxes)
-    monkeypatch.setattr(matcher_module, "CHUNK", 7)
-    assert torch.equal(in_chunks, at_once)
-    assert torch.equal(match(method, boxes), at_once)
+    assert len(boxes) * len(ANCHORS) < matcher_module.CHUNK
+    for chunk in (7 * len(ANCHORS), 100 * 256, 1):  # 256 cells on the finest level
+        monkeypatch.setattr(matcher_module, "CHUNK", chunk)
+        assert torch.equal(match(method, boxes), at_once)
 
 
 @pytest.mark.parametrize("method", ["max_iou", "atss"])

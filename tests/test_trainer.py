@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from dit_detection import (
+    DetectionDataset,
     DetectionTrainer,
     DetectionTrainingArguments,
-    DetectionTransform,
     DiTDetectionImageProcessor,
     id2label_of,
 )
@@ -44,8 +44,8 @@ def make_trainer(tiny_model, dataset, tmp_path):
             tiny_model(num_labels=5, id2label=names, label2id={name: label for label, name in names.items()}),
             DetectionTrainingArguments(**arguments),
             processing_class=image_processor,
-            train_dataset=DetectionTransform(image_processor).attach(dataset["train"]),
-            eval_dataset=DetectionTransform(image_processor).attach(dataset["validation"]),
+            train_dataset=DetectionDataset(dataset["train"], image_processor),
+            eval_dataset=DetectionDataset(dataset["validation"], image_processor),
         )
 
     return make
@@ -153,7 +153,7 @@ def test_without_an_image_processor_the_error_says_what_it_is_for():
 EVALUATION = """
     import json, sys
     import torch
-    from dit_detection import (DetectionTrainer, DetectionTrainingArguments, DetectionTransform,
+    from dit_detection import (DetectionDataset, DetectionTrainer, DetectionTrainingArguments,
         DiTDetectionImageProcessor, DiTForObjectDetection)
     from dit_detection.data import draw_shapes_dataset
 
@@ -163,9 +163,7 @@ EVALUATION = """
         DiTForObjectDetection.from_pretrained(sys.argv[1]),
         DetectionTrainingArguments(sys.argv[1], use_cpu=True, per_device_eval_batch_size=2, disable_tqdm=True),
         processing_class=processor,
-        eval_dataset=DetectionTransform(processor).attach(
-            draw_shapes_dataset(0, 7, 0, image_size=(48, 64))["validation"]
-        ),
+        eval_dataset=DetectionDataset(draw_shapes_dataset(0, 7, 0, image_size=(48, 64))["validation"], processor),
     )
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():

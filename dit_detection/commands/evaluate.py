@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
-from ..data import DetectionTransform, id2label_of, load_detection_dataset
+from ..data import DetectionDataset, load_detection_dataset
+from ..data.formats import FORMATS
 from ..trainer import DetectionTrainer, DetectionTrainingArguments
 
 
@@ -21,17 +22,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument(
         "--on_invalid", default="error", choices=["error", "drop", "clip"], help="see `dit-detect train`"
     )
+    parser.add_argument("--format", choices=FORMATS, help="see `dit-detect train`")
     parser.add_argument("--batch_size", type=int, default=8, help="images at a time, on each device")
     parser.add_argument("--output", help="JSON file for the metrics")
     args = parser.parse_args(argv)
 
-    dataset = load_detection_dataset(args.dataset, on_invalid=args.on_invalid)
+    model = AutoModelForObjectDetection.from_pretrained(args.checkpoint)
+    # In the order of the checkpoint's labels, whatever order the annotations have.
+    class_names = [model.config.id2label[label] for label in range(model.config.num_labels)]
+    dataset = load_detection_dataset(
+        args.dataset, on_invalid=args.on_invalid, format=args.format, class_names=class_names
+    )
     if args.split not in dataset:
         parser.error(f"--split {args.split}: {args.dataset} has {', '.join(dataset)}.")
-    model = AutoModelForObjectDetection.from_pretrained(args.checkpoint)
-    names, known = list(id2label_of(dataset).values()), list(model.config.id2label.values())
-    if names != known:
-        parser.error(f"the classes of {args.dataset} are {names}, those of {args.checkpoint} are {known}.")
     image_processor = AutoImageProcessor.from_pretrained(args.checkpoint)
     trainer = DetectionTrainer(
         model,
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         ),
         processing_class=image_processor,
-        eval_dataset=DetectionTransform(image_processor).attach(dataset[args.split]),
+        eval_dataset=DetectionDataset(dataset[args.split], image_processor),
     )
     metrics = trainer.evaluate(metric_key_prefix=args.split)
     trainer.log_metrics(args.split, metrics)

@@ -1,26 +1,25 @@
 """Annotated images → a trained detector, its mAP, and pictures of what it sees."""
 
-import json
 import logging
 import shlex
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import torch
 import transformers
-from datasets import DatasetDict
-from transformers import AutoConfig, HfArgumentParser, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from transformers import AutoConfig, set_seed
 
 from ..data import (
     DetectionAugmentation,
-    DetectionTransform,
+    DetectionDataset,
+    DetectionIterableDataset,
+    class_weights_of,
     draw_shapes_dataset,
     id2label_of,
     load_detection_dataset,
@@ -30,92 +29,20 @@ from ..model.modeling_dit_detection import DiTForObjectDetection
 from ..small_dit import DETECTORS, write_small_dit
 from ..trainer import DetectionTrainer, DetectionTrainingArguments
 from ..visualize import plot_history
+from .dry_run import describe_cost
 from .predict import draw_samples
+from .train_options import VIEWS_IN_CACHE, DataArguments, ModelArguments, parse_options, read_json_option
 
 logger = logging.getLogger(__name__)
 
-# What the embedded job trains with: it must be done in 4 minutes on 2 cores.
-EMBEDDED_JOB = {
-    "random_dit": "tiny",
-    "image_size": [128],
-    "num_train_epochs": 4,
-    "learning_rate": 2e-3,
-    "augmentation": '{"scale_probability": 0.0}',
-}
-# Random weights learn faster and have no pretrained depth to protect.
-RANDOM_WEIGHTS = {"learning_rate": 1e-3, "layer_decay": 1.0}
-
-
-@dataclass
-class ModelArguments:
-    """Which DiT, and how it is turned into a detector."""
-
-    model: str | None = field(
-        default=None,
-        metadata={
-            "help": "DiT of diffusers: Hub id or folder of a pipeline (facebook/DiT-XL-2-256) or bare transformer; or "
-            "a detector of this library to go on from. Default: a small DiT on pixels with random weights."
-        },
-    )
-    random_dit: Literal["tiny", "small"] = field(
-        default="small",
-        metadata={"help": "Without --model: size of the random DiT; with its detector 1.2 M or 3.6 M parameters."},
-    )
-    vae: str = field(
-        default="auto",
-        metadata={"help": "Hub id or folder of the autoencoder; 'auto': the pipeline's own; 'none': a DiT on pixels."},
-    )
-    timestep: int = field(default=50, metadata={"help": "Diffusion timestep whose features are used, 0 to 999."})
-    condition: int | None = field(default=None, metadata={"help": "Class the DiT is conditioned on. Default: none."})
-    image_size: list[int] = field(
-        default_factory=lambda: [512],
-        metadata={"help": "Canvas that every image is fitted into, in pixels: a side, or height and width."},
-    )
-    freeze_layers: int | None = field(
-        default=None, metadata={"help": "Freeze the patch embedding and this many blocks, from the first; -1: all."}
-    )
-    attn_implementation: str = field(
-        default="sdpa", metadata={"help": "sdpa, eager, flash_attention_2, … Default on a CPU with bf16: eager."}
-    )
-    config_overrides: str = field(
-        default="{}",
-        metadata={"help": 'More of DiTDetectionConfig, as JSON: \'{"matcher": "max_iou", "box_loss": "smooth_l1"}\'.'},
-    )
-
-
-@dataclass
-class DataArguments:
-    """Which images, and what to do about broken annotations."""
-
-    dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder of images with COCO JSON, or a folder or Hub id of a data set with an `objects` column. "
-            "Default: shapes that the library draws itself."
-        },
-    )
-    on_invalid: Literal["error", "drop", "clip"] = field(
-        default="error",
-        metadata={
-            "help": "Broken rows: stop, 'drop' them, or 'clip' boxes to the image.",
-            "choices": ["error", "drop", "clip"],
-        },
-    )
-    validation_fraction: float = field(
-        default=0.15, metadata={"help": "Share of the training images to validate on, where there is no such split."}
-    )
-    augmentation: str = field(
-        default="{}",
-        metadata={
-            "help": "Of DetectionAugmentation, as JSON: '{\"vertical_flip\": 0.5}'; or 'none': images as they are."
-        },
-    )
+# Rows of a stream that are drawn from; of photographs that are embedded about 150 MB.
+SHUFFLE_BUFFER = 1000
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Run the job; returns the metrics of the held-out split."""
+    """Run the job; returns the metrics of the held-out split (none after a dry run)."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    model_args, data_args, args = _parse(argv)
+    model_args, data_args, args = parse_options(argv)
     logging.basicConfig(level=logging.INFO if args.process_index == 0 else logging.ERROR, format="%(message)s")
     if args.process_index != 0:
         datasets.disable_progress_bars()
@@ -124,16 +51,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     with args.main_process_first(desc="reading the data set"):
         dataset = _load_dataset(data_args, args.seed)
-    model, image_processor = _load_model(model_args, dataset, args)
+    overrides = read_json_option("config_overrides", model_args.config_overrides)
+    if data_args.class_weights == "balanced":
+        overrides["class_weights"] = class_weights_of(dataset["train"])
     augmentation = None
     if data_args.augmentation != "none":
-        augmentation = DetectionAugmentation(**json.loads(data_args.augmentation))
+        augmentation = DetectionAugmentation(**read_json_option("augmentation", data_args.augmentation))
+    model, image_processor = _load_model(model_args, dataset, args, overrides)
+    if model_args.dry_run:
+        print(describe_cost(model, image_processor, dataset, args, data_args.num_views or VIEWS_IN_CACHE))
+        return {}
     trainer = DetectionTrainer(
         model,
         args,
         processing_class=image_processor,
-        train_dataset=DetectionTransform(image_processor, augmentation).attach(dataset["train"]),
-        eval_dataset=DetectionTransform(image_processor).attach(dataset["validation"]),
+        train_dataset=_training_inputs(dataset["train"], image_processor, augmentation, data_args, args.seed),
+        eval_dataset=_inputs(dataset["validation"], image_processor),
     )
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -141,23 +74,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # The split that training never saw, not even to choose the checkpoint.
     held_out = "test" if "test" in dataset else "validation"
-    metrics = trainer.evaluate(
-        DetectionTransform(image_processor).attach(dataset[held_out]), metric_key_prefix=held_out
-    )
+    metrics = trainer.evaluate(_inputs(dataset[held_out], image_processor), metric_key_prefix=held_out)
     trainer.log_metrics(held_out, metrics)
     trainer.save_metrics(held_out, {**metrics, "train_minutes": round(minutes, 2)})
     trainer.save_state()
     trainer.save_model()
     if trainer.is_world_process_zero():
         output_dir = Path(str(args.output_dir))
-        draw_samples(trainer.model, image_processor, dataset[held_out]).save(
-            output_dir / "predictions.jpg", quality=90
-        )
+        samples = dataset[held_out]
+        if data_args.streaming:
+            samples = Dataset.from_list(list(samples.take(12)), features=samples.features)
+        draw_samples(trainer.model, image_processor, samples).save(output_dir / "predictions.jpg", quality=90)
         plot_history(trainer.state.log_history).save(output_dir / "history.png")
         trainer.card_facts = {
             "dataset_name": Path(data_args.dataset).name if data_args.dataset else "drawn shapes",
-            "split_sizes": {split: rows.num_rows for split, rows in dataset.items()},
-            "class_counts": count_classes(dataset),
             "metrics": {name.removeprefix(f"{held_out}_"): value for name, value in metrics.items()},
             "metrics_split": held_out,
             "command": shlex.join(["dit-detect", "train", *argv]),
@@ -166,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             "history_picture": "history.png",
             "limits": [] if model_args.model else ["Its DiT began with random weights, not with pretrained ones."],
         }
+        if not data_args.streaming:
+            trainer.card_facts["split_sizes"] = {split: rows.num_rows for split, rows in dataset.items()}
+            trainer.card_facts["class_counts"] = count_classes(dataset)
         trainer.create_model_card()
         logger.info(
             "%s: map %.3f, map_50 %.3f, after %.1f minutes of training. Detector, metrics, card and pictures: %s",
@@ -197,48 +130,39 @@ def count_classes(dataset: DatasetDict) -> dict[str, dict[str, int]]:
     return counts
 
 
-def _parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, DetectionTrainingArguments]:
-    parser = HfArgumentParser((ModelArguments, DataArguments, DetectionTrainingArguments), prog="dit-detect train")
-    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    parser.set_defaults(
-        output_dir="outputs",
-        use_cpu=on_cpu,
-        bf16=_computes_bf16(on_cpu),
-        per_device_train_batch_size=8,
-        # torch's fused attention on CPUs has no bf16 kernels: at 400 tokens plain matrix products take half the time.
-        attn_implementation="eager" if on_cpu and _computes_bf16(on_cpu) else "sdpa",
-        # On a CPU the workers would take the cores from the model.
-        dataloader_num_workers=0 if on_cpu else 4,
-    )
-    if not _names(argv, "--model"):
-        parser.set_defaults(**RANDOM_WEIGHTS)
-    if not _names(argv, "--dataset"):
-        parser.set_defaults(**EMBEDDED_JOB)
-    model_args, data_args, args = parser.parse_args_into_dataclasses(args=argv)
-    if args.resume_from_checkpoint == "last":
-        args.resume_from_checkpoint = get_last_checkpoint(args.output_dir)
-    return model_args, data_args, args
+def _inputs(rows: Dataset | IterableDataset, image_processor: DiTDetectionImageProcessor) -> Any:
+    """Rows as a model is fed them, without augmentation."""
+    if isinstance(rows, IterableDataset):
+        return DetectionIterableDataset(rows, image_processor)
+    return DetectionDataset(rows, image_processor)
 
 
-def _names(argv: list[str], option: str) -> bool:
-    return any(argument == option or argument.startswith(f"{option}=") for argument in argv)
+def _training_inputs(
+    rows: Dataset | IterableDataset,
+    image_processor: DiTDetectionImageProcessor,
+    augmentation: DetectionAugmentation | None,
+    data_args: DataArguments,
+    seed: int,
+) -> Any:
+    if isinstance(rows, IterableDataset):
+        shuffled = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        return DetectionIterableDataset(shuffled, image_processor, augmentation, seed=seed)
+    return DetectionDataset(rows, image_processor, augmentation, seed=seed, num_views=data_args.num_views)
 
 
-def _computes_bf16(on_cpu: bool) -> bool:
-    """Whether bf16 is faster here: a CPU without matrix units for it computes it slower than float32."""
-    if on_cpu:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-
-
-def _load_dataset(data_args: DataArguments, seed: int) -> DatasetDict:
+def _load_dataset(data_args: DataArguments, seed: int) -> DatasetDict | IterableDatasetDict:
     if data_args.dataset is None:
         return draw_shapes_dataset(num_train=2000, num_validation=60, num_test=200)
     dataset = load_detection_dataset(
         data_args.dataset,
         on_invalid=data_args.on_invalid,
+        format=data_args.format,
+        class_names=data_args.class_names,
         validation_fraction=data_args.validation_fraction,
+        test_fraction=data_args.test_fraction,
+        group_by=data_args.group_by,
         seed=seed,
+        streaming=data_args.streaming,
     )
     if "train" not in dataset:
         raise ValueError(f"--dataset {data_args.dataset} has no split to train on, only {sorted(dataset)}.")
@@ -246,10 +170,12 @@ def _load_dataset(data_args: DataArguments, seed: int) -> DatasetDict:
 
 
 def _load_model(
-    model_args: ModelArguments, dataset: DatasetDict, args: DetectionTrainingArguments
+    model_args: ModelArguments,
+    dataset: DatasetDict | IterableDatasetDict,
+    args: DetectionTrainingArguments,
+    overrides: dict[str, Any],
 ) -> tuple[DiTForObjectDetection, DiTDetectionImageProcessor]:
-    overrides: dict[str, Any] = {"attn_implementation": model_args.attn_implementation}
-    overrides |= json.loads(model_args.config_overrides)
+    overrides = {"attn_implementation": model_args.attn_implementation} | overrides
     id2label = id2label_of(dataset)
     source = model_args.model
     if source is not None and _is_detector(source):

@@ -1,6 +1,7 @@
 """One split on its way from an annotation format to a data set: a table of images and a flat table of objects."""
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import MutableSequence, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,17 +36,23 @@ class Annotations:
     def __init__(self, source: str, problems: ProblemLog) -> None:
         self.source = source
         self.problems = problems
-        self.image_ids: list[int] = []
+        self.image_ids: MutableSequence[int] = array("q")
         self.image_names: list[str] = []
-        self.widths: list[int] = []  # 0 where the annotations do not say
-        self.heights: list[int] = []
+        self.image_paths: Sequence[str] = []  # a reader of files sets it; empty where the images are embedded
+        self.images: Dataset | None = None  # the column "image", where the images are embedded
+        self.groups: list[Any] = []  # of each image, where a column was asked for by `group_by`
+        self.class_names: list[str] = []  # in the order of the labels
+        self.boxes_are_fractions = False  # YOLO's, until the sizes of the images are known
+        # Arrays of 64 bits: as Python numbers, COCO's objects would take four times the memory.
+        self.widths: MutableSequence[int] = array("q")  # 0 where the annotations do not say
+        self.heights: MutableSequence[int] = array("q")
         self.keep_image: list[bool] = []
-        self.rows: list[int] = []  # of the object's image
-        self.object_ids: list[int] = []
-        self.boxes: list[Sequence[float]] = []  # xywh, original pixels
-        self.labels: list[int] = []
-        self.areas: list[float] = []  # NaN where the annotations do not say
-        self.iscrowd: list[int] = []
+        self.rows: MutableSequence[int] = array("q")  # of the object's image
+        self.object_ids: MutableSequence[int] = array("q")
+        self.boxes: MutableSequence[float] = array("d")  # four per object: xywh, original pixels
+        self.labels: MutableSequence[int] = array("q")
+        self.areas: MutableSequence[float] = array("d")  # NaN where the annotations do not say
+        self.iscrowd: MutableSequence[int] = array("b")
 
     def add_image(self, image_id: int, name: str, width: int | None, height: int | None) -> None:
         """Add an image; its row is the number of images before it."""
@@ -68,17 +75,25 @@ class Annotations:
         else:
             self.rows.append(row)
             self.object_ids.append(object_id)
-            self.boxes.append(bbox)
+            self.boxes.extend(bbox)
             self.labels.append(label)
             self.areas.append(float("nan") if area is None else area)
             self.iscrowd.append(int(iscrowd or 0))
             return
-        self.problems.add(problem[0], self.where(row, object_id), problem[1])
+        self.report(problem[0], problem[1], row, object_id)
 
     def drop_image(self, row: int, kind: str, what: str) -> None:
         """Report an image and mark it, so that it is left out with its objects."""
-        self.problems.add(kind, self.where(row), what)
+        self.report(kind, what, row)
         self.keep_image[row] = False
+
+    def report(
+        self, kind: str, what: str, row: int, object_id: int | None = None, bbox: Sequence[float] | None = None
+    ) -> None:
+        """Report what is wrong with an image, or with an object in it and its box (xywh, original pixels)."""
+        image = self.image_paths[row] if row < len(self.image_paths) else None
+        box = None if bbox is None else (bbox[0], bbox[1], bbox[2], bbox[3])
+        self.problems.add(kind, self.where(row, object_id), what, image, box)
 
     def where(self, row: int, object_id: int | None = None) -> str:
         """The words that name an image, or an object in it, in messages."""
@@ -120,9 +135,9 @@ class Annotations:
             pa.array(np.arange(0, 4 * len(order) + 1, 4), pa.int32()), pa.array(objects["bbox"][order].ravel())
         )
         columns = {
-            "image_id": pa.array(self.image_ids, pa.int64()),
-            "width": pa.array(self.widths, pa.int64()),
-            "height": pa.array(self.heights, pa.int64()),
+            "image_id": pa.array(np.array(self.image_ids, dtype=np.int64)),
+            "width": pa.array(np.array(self.widths, dtype=np.int64)),
+            "height": pa.array(np.array(self.heights, dtype=np.int64)),
             "objects": pa.StructArray.from_arrays(
                 [pa.ListArray.from_arrays(offsets, values[field]) for field in OBJECT_FIELDS], names=OBJECT_FIELDS
             ),

@@ -1,20 +1,53 @@
 """COCO JSON: one file with the lists `images`, `annotations` and `categories`."""
 
-import json
-from collections import Counter
+import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from itertools import permutations
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .annotations import Annotations, is_integer
+from .dataset_files import is_name, leads_outside
+from .json_lists import PackedList, UnreadableJsonError, read_json_lists
+from .layouts import find_coco_files
 from .problems import ProblemLog
 
+# Polygons and masks, keypoints and captions are not kept: they are most of the file.
+FIELDS = {
+    "images": ("id", "file_name", "width", "height"),
+    "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd"),
+    "categories": ("id", "name"),
+}
 Categories = dict[int, str]  # COCO's ids may start anywhere and have gaps; labels are their ranks
 
 
+def read_coco_splits(
+    source: Path, problems: ProblemLog, class_names: Sequence[str] | None = None, group_by: str | None = None
+) -> dict[str, Annotations]:
+    """
+    Read the COCO JSON of each split in a folder, or one file as the split "train".
+
+    Args:
+        source (`Path`): The folder or file.
+        problems (`ProblemLog`): Where everything invalid is reported, also categories that differ between splits.
+        class_names (`Sequence[str]`, *optional*): If given, categories may differ: they are matched by name later.
+        group_by (`str`, *optional*): Field of the entries of `images` that names the image's group.
+    """
+    splits: dict[str, Annotations] = {}
+    first: tuple[Path, Categories] | None = None
+    for split, (file, image_folders) in find_coco_files(source).items():
+        splits[split], categories = read_coco(file, image_folders, problems, group_by)
+        if first is not None and categories and categories != first[1] and class_names is None:
+            here, there = (dict(sorted(a.items() - b.items())) for a, b in permutations((categories, first[1])))
+            what = f'key "categories" has {here!r:.100} where {first[0]} has {there!r:.100}'
+            problems.add("categories differ between splits", str(file), what)
+        first = first or ((file, categories) if categories else None)
+    return splits
+
+
 def read_coco(
-    json_file: Path, image_folders: Sequence[Path], problems: ProblemLog
-) -> tuple[Annotations, list[str], Categories]:
+    json_file: Path, image_folders: Sequence[Path], problems: ProblemLog, group_by: str | None = None
+) -> tuple[Annotations, Categories]:
     """
     Read one COCO JSON file.
 
@@ -22,51 +55,46 @@ def read_coco(
         json_file (`Path`): The file.
         image_folders (`Sequence[Path]`): Where the images may lie; the first that has one of them is taken.
         problems (`ProblemLog`): Where everything invalid is reported.
+        group_by (`str`, *optional*): Field of the entries of `images` that names the image's group.
 
     Returns:
-        `tuple`: The images and objects, with labels that follow the order of the category ids; the path of each image;
-        and the categories. All are empty if the file cannot be used.
+        `tuple[Annotations, Categories]`: The images and objects, with labels that follow the order of the category
+        ids; and the categories. Both are empty if the file cannot be used.
     """
     annotations = Annotations(str(json_file), problems)
-    lists = _load_lists(json_file, problems)
+    lists = _load_lists(json_file, group_by, problems)
     if lists is None:
-        return annotations, [], {}
+        return annotations, {}
     categories = _read_categories(lists["categories"], str(json_file), problems)
-    paths = _add_images(annotations, lists["images"], image_folders)
+    annotations.class_names = list(categories.values())
+    _add_images(annotations, lists["images"], image_folders, group_by)
     _add_objects(annotations, lists["annotations"], categories)
-    return annotations, paths, categories
+    return annotations, categories
 
 
-def _load_lists(json_file: Path, problems: ProblemLog) -> dict[str, list[Any]] | None:
+def _load_lists(json_file: Path, group_by: str | None, problems: ProblemLog) -> dict[str, PackedList] | None:
     try:
-        content = json.loads(json_file.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        what = f"not valid JSON, perhaps cut off, at line {error.lineno}, column {error.colno}: {error.msg}"
-        problems.add("unusable file", str(json_file), what)
+        group = () if group_by is None else (group_by,)
+        content = read_json_lists(json_file, FIELDS | {"images": FIELDS["images"] + group})
+    except UnreadableJsonError as error:
+        problems.add("unusable file", str(json_file), str(error))
         return None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        problems.add("unusable file", str(json_file), f"cannot be read: {error}")
-        return None
-    if not isinstance(content, dict):
-        problems.add("unusable file", str(json_file), f"holds a {type(content).__name__}, not an object")
-        return None
-    wrong = [key for key in ("images", "annotations", "categories") if not isinstance(content.get(key), list)]
+    lists = {key: entries for key, entries in content.items() if entries is not None}
+    wrong = [key for key in FIELDS if key not in lists]
     for key in wrong:
-        what = (
-            "is not a list" if key in content else f"is missing; there are: {', '.join(map(str, content)) or 'none'}"
-        )
+        what = "is not a list" if key in content else f"is missing; there are: {', '.join(content) or 'none'}"
         problems.add("unusable file", str(json_file), f'key "{key}" {what}')
-    return None if wrong else content
+    return None if wrong else lists
 
 
-def _read_categories(entries: list[Any], source: str, problems: ProblemLog) -> Categories:
+def _read_categories(entries: PackedList, source: str, problems: ProblemLog) -> Categories:
     categories: dict[Any, str] = {}
     if not entries:
         problems.add("unusable category", source, 'key "categories" is an empty list')
     for index, entry in enumerate(entries):
         category_id = entry.get("id") if isinstance(entry, dict) else None
         name = entry.get("name") if isinstance(entry, dict) else None
-        if not is_integer(category_id) or not isinstance(name, str) or not name:
+        if not is_integer(category_id) or not is_name(name):
             problems.add("unusable category", source, f"categories[{index}] is {entry!r:.80}")
         elif category_id in categories or name in categories.values():
             problems.add(
@@ -77,7 +105,9 @@ def _read_categories(entries: list[Any], source: str, problems: ProblemLog) -> C
     return dict(sorted(categories.items()))
 
 
-def _add_images(annotations: Annotations, entries: list[Any], image_folders: Sequence[Path]) -> list[str]:
+def _add_images(
+    annotations: Annotations, entries: PackedList, image_folders: Sequence[Path], group_by: str | None
+) -> None:
     source, problems = annotations.source, annotations.problems
     if not entries:
         problems.add("no images", source, 'key "images" is an empty list')
@@ -94,16 +124,18 @@ def _add_images(annotations: Annotations, entries: list[Any], image_folders: Seq
             continue
         seen.add(entry["id"])
         annotations.add_image(entry["id"], entry["file_name"], entry.get("width"), entry.get("height"))
+        if group_by is not None:
+            annotations.groups.append(entry.get(group_by))
         file = PurePosixPath(entry["file_name"].replace("\\", "/"))
         files.append(file)
-        if file.is_absolute() or PureWindowsPath(entry["file_name"]).drive or _climbs(file):
+        if leads_outside(entry["file_name"]):
             what = f'field "file_name" is {entry["file_name"]!r:.80}'
             annotations.drop_image(len(files) - 1, "file name leads outside the image folder", what)
     safe = [file for file, keep in zip(files, annotations.keep_image, strict=True) if keep]
     # A few, not the first alone: that one may be the missing one.
-    found = (folder for folder in image_folders if any((folder / file).is_file() for file in safe[:20]))
-    folder = next(found, image_folders[0]).resolve()
-    return [str(folder / file) for file in files]
+    found = (folder for folder in image_folders if any(os.path.isfile(folder / file) for file in safe[:20]))
+    folder = Path(os.path.abspath(next(found, image_folders[0])))
+    annotations.image_paths = [str(folder / file) for file in files]
 
 
 def _wrong_image_fields(entry: Any) -> Iterator[str]:
@@ -112,28 +144,18 @@ def _wrong_image_fields(entry: Any) -> Iterator[str]:
         return
     if not is_integer(entry.get("id")):
         yield f'field "id" is {entry.get("id")!r:.80}'
-    if not isinstance(entry.get("file_name"), str) or not entry["file_name"] or "\0" in entry["file_name"]:
+    if not is_name(entry.get("file_name")):
         yield f'field "file_name" is {entry.get("file_name")!r:.80}'
     for field in ("width", "height"):  # read from the file where they are not given
         if entry.get(field) is not None and not (is_integer(entry[field]) and entry[field] > 0):
             yield f'field "{field}" is {entry[field]!r:.80}'
 
 
-def _climbs(file: PurePosixPath) -> bool:
-    """Whether a relative path leaves its folder at any point."""
-    depth = 0
-    for part in file.parts:
-        depth += -1 if part == ".." else 1
-        if depth < 0:
-            return True
-    return False
-
-
-def _add_objects(annotations: Annotations, entries: list[Any], categories: Categories) -> None:
+def _add_objects(annotations: Annotations, entries: PackedList, categories: Categories) -> None:
     source, problems = annotations.source, annotations.problems
     rows = {image_id: row for row, image_id in enumerate(annotations.image_ids)}
     labels = {category_id: label for label, category_id in enumerate(categories)}
-    seen: Counter[int] = Counter()
+    seen: set[int] = set()
     for index, entry in enumerate(entries):
         fields = ("id", "image_id", "category_id")
         if not isinstance(entry, dict) or not all(is_integer(entry.get(field)) for field in fields):
@@ -141,14 +163,15 @@ def _add_objects(annotations: Annotations, entries: list[Any], categories: Categ
             problems.add("unusable object", f"{source}: annotations[{index}]", f"it has {found!r:.120}")
             continue
         object_id, image_id, category_id = (entry[field] for field in fields)
-        seen[object_id] += 1
+        is_taken = object_id in seen
+        seen.add(object_id)
         if image_id not in rows:
             what = f'field "image_id" is {image_id}, which no image has'
             problems.add("unknown image", f"{source}: annotation {object_id}", what)
         elif category_id not in labels:
             what = f'field "category_id" is {category_id}; there are {", ".join(map(str, categories)) or "none"}'
             problems.add("unknown category", annotations.where(rows[image_id], object_id), f"{what:.200}")
-        elif seen[object_id] > 1:
+        elif is_taken:
             what = f'field "id" is {object_id} again (annotations[{index}])'
             problems.add("duplicate annotation id", annotations.where(rows[image_id], object_id), what)
         else:

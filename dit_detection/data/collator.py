@@ -6,25 +6,30 @@ import torch
 
 def collate_detection(features: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
-    Make a batch of the rows that `DetectionTransform` yields.
+    Make a batch of the entries that `DetectionDataset` or `FrozenDataset` yields.
 
     Args:
-        features (`Sequence[dict]`): "pixel_values" `(3, H, W)`, "labels" and, in all or none, "pixel_mask" `(H, W)`.
+        features (`Sequence[dict]`): "labels", and tensors of the same names in all: "pixel_values" `(3, H, W)` and
+            perhaps "pixel_mask" `(H, W)`; or "latents"; or "frozen_states" with the number "num_frozen_layers".
 
     Returns:
-        `dict`: "pixel_values" `(B, 3, H, W)`, "pixel_mask" `(B, H, W)` if there is one, "labels" a list of B.
+        `dict`: Each tensor with an axis of B in front, "labels" a list of B, numbers as they are.
 
     Raises:
         ValueError: The images have different sizes.
     """
-    shapes = {tuple(feature["pixel_values"].shape) for feature in features}
-    if len(shapes) > 1:
-        raise ValueError(
-            f"The images of a batch have different shapes: {sorted(shapes)}. Let the image processor pad all to one "
-            "canvas (`do_pad=True` with a fixed `pad_size`), or use a batch size of 1."
-        )
-    batch: dict[str, Any] = {"pixel_values": torch.stack([feature["pixel_values"] for feature in features])}
-    if "pixel_mask" in features[0]:
-        batch["pixel_mask"] = torch.stack([feature["pixel_mask"] for feature in features])
-    batch["labels"] = [feature["labels"] for feature in features]
+    batch: dict[str, Any] = {}
+    for name, first in features[0].items():
+        values = [feature[name] for feature in features]
+        if name == "labels":
+            batch[name] = values
+        elif not isinstance(first, torch.Tensor):
+            batch[name] = first
+        elif len(shapes := {tuple(value.shape) for value in values}) > 1:
+            raise ValueError(
+                f"The images of a batch have different shapes: {sorted(shapes)}. Let the image processor pad all to "
+                "one canvas (`do_pad=True` with a fixed `pad_size`), or use a batch size of 1."
+            )
+        else:
+            batch[name] = torch.stack(values)
     return batch

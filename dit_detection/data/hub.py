@@ -1,22 +1,129 @@
 """Data sets with the columns `image` and `objects` (`bbox` xywh, `category`), as on the Hub: CPPE-5 and its like."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+    load_from_disk,
+)
 from datasets import Image as ImageFeature
 
 from .annotations import Annotations, is_integer
+from .layouts import SPLITS, split_of
 from .problems import InvalidDatasetError, ProblemLog
 
 
-def read_class_names(splits: Mapping[str, Dataset]) -> tuple[list[str], dict[Any, int]]:
+def is_saved_to_disk(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote a folder."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def find_saved_dataset(folder: Path) -> str | None:
+    """The first parquet file at any depth, tables of `imagefolder` left out."""
+    return next((str(file) for file in folder.rglob("*.parquet") if file.name != "metadata.parquet"), None)
+
+
+def load_hub_dataset(
+    source: str | Path, name: str | None, revision: str | None, streaming: bool = False
+) -> Dataset | DatasetDict | IterableDatasetDict:
+    """
+    Load a folder that `save_to_disk` wrote, one of parquet files, or a data set on the Hub.
+
+    Raises:
+        InvalidDatasetError: There is none, or it is damaged.
+    """
+    path = Path(source)
+    if path.is_dir():
+        try:
+            return (
+                load_from_disk(str(path)) if is_saved_to_disk(path) else load_dataset(str(path), streaming=streaming)
+            )
+        except Exception as error:  # whatever damaged files make `datasets` and Arrow raise
+            message = " ".join(str(error.__cause__ or error).split())
+            raise InvalidDatasetError(f"{path} cannot be loaded: {message:.300}. Write it again.") from error
+    if path.exists():
+        raise InvalidDatasetError(f"{path} is a file. Name the folder of the data set.")
+    if path.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
+        raise InvalidDatasetError(f"{source} does not exist. Check the path.")
+    try:
+        return load_dataset(str(source), name, revision=revision, streaming=streaming)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise InvalidDatasetError(
+            f"{source} is no folder or file here, and could not be loaded from the Hub: {error}. Check its name."
+        ) from error
+
+
+def read_hub_splits(
+    loaded: Dataset | DatasetDict,
+    source: str,
+    problems: ProblemLog,
+    class_names: Sequence[str] | None = None,
+    group_by: str | None = None,
+) -> dict[str, Annotations]:
+    """
+    Read all splits of a data set that is loaded.
+
+    Args:
+        loaded (`Dataset` or `DatasetDict`): One alone is the split that it names, or "train".
+        source (`str`): What messages call it.
+        problems (`ProblemLog`): Where everything invalid is reported.
+        class_names (`Sequence[str]`, *optional*): Names of classes that are given as integers alone.
+        group_by (`str`, *optional*): Column that names the image's group.
+
+    Raises:
+        InvalidDatasetError: Splits or columns are not what they must be.
+    """
+    datasets = name_splits(loaded, source)
+    names, labels = read_class_names(datasets, class_names)
+    splits: dict[str, Annotations] = {}
+    for split in datasets:
+        where = f'{source}, split "{split}"'
+        splits[split] = read_objects_column(datasets[split], labels, where, problems)
+        splits[split].class_names = names
+        if group_by is not None:
+            if group_by not in datasets[split].column_names:
+                columns = ", ".join(datasets[split].column_names)
+                raise InvalidDatasetError(f"{where}: group_by is {group_by!r}, but it has the columns {columns}.")
+            splits[split].groups = list(datasets[split][group_by])
+    return splits
+
+
+def name_splits(loaded: Any, source: str) -> dict[str, Any]:
+    """
+    The splits of a data set, streamed or not, under our names and in our order.
+
+    Raises:
+        InvalidDatasetError: A split has no name that is known, or two have the same.
+    """
+    named = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+    datasets: dict[str, Any] = {}
+    for name, dataset in named.items():
+        split = split_of(name) or ("train" if len(named) == 1 else None)
+        if split is None or split in datasets:
+            raise InvalidDatasetError(
+                f'{source} has the splits {", ".join(named)}: "{name}" is none of {", ".join(SPLITS)}, or is twice. '
+                "Load it with `datasets`, leave out or rename that split, and pass the DatasetDict."
+            )
+        datasets[split] = dataset.with_format(None)
+    return {split: datasets[split] for split in SPLITS if split in datasets}
+
+
+def read_class_names(
+    splits: Mapping[str, Dataset], class_names: Sequence[str] | None = None
+) -> tuple[list[str], dict[Any, int]]:
     """
     The classes of all splits together.
 
     Returns:
         `tuple[list[str], dict]`: Names in the order of the labels, and the label of each value in the data. Without a
-        `ClassLabel` the classes are the values that occur, integers or names, sorted.
+        `ClassLabel` the classes are the values that occur, integers or names, sorted; integers have `class_names`.
 
     Raises:
         InvalidDatasetError: A split lacks a column, or the splits have different classes.
@@ -24,13 +131,13 @@ def read_class_names(splits: Mapping[str, Dataset]) -> tuple[list[str], dict[Any
     named: dict[str, list[str]] = {}
     values: set[Any] = set()
     for split, dataset in splits.items():
-        fields = _object_fields(dataset, split)
+        fields = object_fields(dataset, split)
         category = getattr(fields["category"], "feature", fields["category"])
         if isinstance(category, ClassLabel):
             named[split] = list(category.names)
         else:
             for row in dataset.select_columns(["objects"]):
-                values.update(_columns(row["objects"])["category"])
+                values.update(object_columns(row["objects"])["category"])
     if named and (values or len({tuple(names) for names in named.values()}) > 1):
         what = "; ".join(f'"{split}" has {", ".join(names)}' for split, names in named.items())
         raise InvalidDatasetError(f"The classes differ between splits: {what}. Cast all to the same ClassLabel.")
@@ -38,12 +145,12 @@ def read_class_names(splits: Mapping[str, Dataset]) -> tuple[list[str], dict[Any
         names = next(iter(named.values()))
         return names, {label: label for label in range(len(names))}
     ordered = sorted(values - {None})
+    if class_names is not None and all(map(is_integer, ordered)):
+        return list(class_names), {label: label for label in range(len(class_names))}
     return [str(value) for value in ordered], {value: label for label, value in enumerate(ordered)}
 
 
-def read_objects_column(
-    dataset: Dataset, labels: Mapping[Any, int], source: str, problems: ProblemLog
-) -> tuple[Annotations, Dataset]:
+def read_objects_column(dataset: Dataset, labels: Mapping[Any, int], source: str, problems: ProblemLog) -> Annotations:
     """
     Read one split.
 
@@ -55,7 +162,7 @@ def read_objects_column(
         problems (`ProblemLog`): Where everything invalid is reported.
 
     Returns:
-        `tuple[Annotations, Dataset]`: What was read, and its images (the column "image").
+        `Annotations`: What was read, with its images.
     """
     annotations = Annotations(source, problems)
     columns = [name for name in ("image_id", "width", "height", "objects") if name in dataset.column_names]
@@ -73,11 +180,13 @@ def read_objects_column(
             problems.add("duplicate image id", f"{source}: row {row}", f'field "image_id" is {image_id} again')
         seen.add(image_id)
         annotations.add_image(image_id, f"row {row}", width, height)
-        _add_objects(annotations, row, _columns(entry["objects"]), labels)
-    return annotations, dataset.select_columns(["image"]).cast_column("image", ImageFeature())
+        add_objects(annotations, row, object_columns(entry["objects"]), labels)
+    annotations.images = dataset.select_columns(["image"]).cast_column("image", ImageFeature())
+    return annotations
 
 
-def _object_fields(dataset: Dataset, split: str) -> dict[str, Any]:
+def object_fields(dataset: Dataset | IterableDataset, split: str) -> dict[str, Any]:
+    """The features of the fields of `objects`."""
     objects = dataset.features.get("objects")
     fields = getattr(objects, "feature", objects)
     if "image" in dataset.features and isinstance(fields, dict) and "bbox" in fields and "category" in fields:
@@ -88,7 +197,7 @@ def _object_fields(dataset: Dataset, split: str) -> dict[str, Any]:
     )
 
 
-def _columns(objects: Any) -> dict[str, list[Any]]:
+def object_columns(objects: Any) -> dict[str, list[Any]]:
     """The objects of one image as a dict of lists; some data sets have a list of dicts."""
     if isinstance(objects, dict):
         return objects
@@ -96,7 +205,8 @@ def _columns(objects: Any) -> dict[str, list[Any]]:
     return {field: [entry.get(field) for entry in objects or []] for field in fields}
 
 
-def _add_objects(annotations: Annotations, row: int, objects: dict[str, list[Any]], labels: Mapping[Any, int]) -> None:
+def add_objects(annotations: Annotations, row: int, objects: dict[str, list[Any]], labels: Mapping[Any, int]) -> None:
+    """Add the objects of an image, as `object_columns` gives them; `labels` has the label of each category."""
     problems, boxes = annotations.problems, objects["bbox"]
     for field, values in objects.items():
         if len(values) != len(boxes):
@@ -108,7 +218,7 @@ def _add_objects(annotations: Annotations, row: int, objects: dict[str, list[Any
     columns = zip(ids, boxes, objects["category"], areas, crowds, strict=True)
     for position, (object_id, bbox, category, area, iscrowd) in enumerate(columns):
         object_id = object_id if is_integer(object_id) else position
-        if category not in labels:
+        if not isinstance(category, int | str) or category not in labels:
             what = f'field "category" is {category!r:.80}'
             problems.add("unknown category", annotations.where(row, object_id), what)
         else:

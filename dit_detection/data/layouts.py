@@ -28,6 +28,11 @@ def split_of(name: str) -> str | None:
     return next((SPLIT_WORDS[word] for word in reversed(words) if word in SPLIT_WORDS), None)
 
 
+def split_folders(folder: Path) -> list[Path]:
+    """The folders in a folder whose name speaks of a split."""
+    return sorted(child for child in folder.iterdir() if child.is_dir() and split_of(child.name))
+
+
 def find_coco_files(source: Path) -> dict[str, tuple[Path, list[Path]]]:
     """
     Find the COCO JSON of each split, as `annotations_train.json`, `annotations/instances_train2017.json` or
@@ -45,27 +50,42 @@ def find_coco_files(source: Path) -> dict[str, tuple[Path, list[Path]]]:
     """
     if source.is_file():
         return {"train": (source, _image_folders(source, source.parent))}
-    folders = [source, source / "annotations"]
-    folders += sorted(folder for folder in source.iterdir() if folder.is_dir() and split_of(folder.name))
     candidates: dict[str, list[Path]] = {}
     unnamed: list[Path] = []
-    for folder in folders:
-        for file in sorted(folder.glob("*.json")):
-            split = split_of(file.stem) or (split_of(folder.name) if folder != source else None)
-            if split is None:
-                unnamed.append(file)
-            else:
-                candidates.setdefault(split, []).append(file)
+    for file in list_json_files(source):
+        split = split_of(file.stem) or (split_of(file.parent.name) if file.parent != source else None)
+        if split is None:
+            unnamed.append(file)
+        else:
+            candidates.setdefault(split, []).append(file)
     if not candidates and unnamed:
         candidates = {"train": unnamed}
     files = {split: _only(candidates[split], split) for split in SPLITS if split in candidates}
     return {split: (file, _image_folders(file, source)) for split, file in files.items()}
 
 
+def list_json_files(folder: Path) -> list[Path]:
+    """The JSON files in the places where COCO annotations may lie."""
+    places = [folder, folder / "annotations", *split_folders(folder)]
+    return [file for place in places for file in sorted(place.glob("*.json"))]
+
+
+def looks_like_coco(file: Path) -> bool:
+    """Whether a JSON has a key of COCO's at its begin or end; Label Studio's notes.json and others have not."""
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(2**16)
+            stream.seek(max(0, file.stat().st_size - 2**16))
+            text = head + stream.read(2**16)
+    except OSError:
+        return False
+    return b'"annotations"' in text or b'"images"' in text
+
+
 def _only(files: list[Path], split: str) -> Path:
     """The one file of a split. COCO's own folder has captions and keypoints beside the instances."""
     instances = [file for file in files if file.stem.startswith("instances")]
-    files = instances or files
+    files = instances or list(filter(looks_like_coco, files)) or files
     if len(files) > 1:
         names = ", ".join(str(file) for file in files)
         raise InvalidDatasetError(

@@ -1,15 +1,19 @@
 import logging
 from collections import Counter
+from dataclasses import dataclass
 from typing import Literal
 
 logger = logging.getLogger(__name__)
 
 OnInvalid = Literal["error", "drop", "clip"]
 
-NUM_SHOWN = 10
+NUM_SHOWN = 10  # in the message of an error
+NUM_REMARKED = 3  # in the log
+NUM_KEPT = 20  # of each kind, for reports that show more
 
 # Every kind of damage and its remedy. What is wrong with the file as a whole cannot be left out, so it always stops.
 REMEDIES = {
+    "unusable data set": "correct the path, the folder or the argument that is named.",
     "unusable file": "export the annotations again, as COCO JSON with the lists images, annotations and categories.",
     "no images": "check that the path and the split are the ones you mean.",
     "no objects": "a detector cannot learn from this; check that annotations and images belong together.",
@@ -30,8 +34,28 @@ REMEDIES = {
     "box outside the image": "boxes are [x, y, width, height] in pixels: convert corners or fractions, or correct it.",
     "unusable area": "areas are numbers of square pixels, at least 0; correct it or leave it out.",
     "unusable iscrowd": "0 for one object, 1 for a crowd region; correct it or leave it out.",
+    "unusable annotation file": "export or correct the file, or remove it with its image.",
+    "missing annotation file": "put the file there, or remove its line from the list.",
+    "unusable label line": "a line is a class number with x, y, width and height, or with the points of a polygon.",
+    "box not in fractions": "YOLO counts in fractions of the image: divide pixels by its width and height.",
+    "label file without image": "put the image there, or remove the file.",
+    "unusable metadata row": "correct or remove the line.",
+    "image listed twice": "put all objects of an image into one row.",
+    "link leads outside the data set": "put the file itself in the place of the link.",
+    "no group": "fill in the field that group_by names, or leave group_by out.",
+    "same image in two splits": "what was seen in training says nothing in a test: keep one of them.",
+    "same image twice in a split": "keep one of them, with the objects of both.",
+    "same group in two splits": "the data set's own splits are kept.",
+    "image without a label file": "it counts as an image without objects.",
+    "image without annotations": "it is not used.",
+    "difficult object": "it counts as an object like all others.",
+    "annotation file in no split": "it is not used.",
+    "split without images": "the split is left out.",
+    "file name differs from the annotation": "the only file that differs in case, accents or prefix is used.",
+    "images outside the data set's folder": "the link to their folder is followed.",
 }
 FATAL = {
+    "unusable data set",
     "unusable file",
     "no images",
     "no objects",
@@ -39,10 +63,44 @@ FATAL = {
     "categories differ between splits",
     "duplicate image id",
 }
+# Said, never a reason to stop or to leave anything out.
+REMARKS = {
+    "same image in two splits",
+    "same image twice in a split",
+    "same group in two splits",
+    "image without a label file",
+    "image without annotations",
+    "difficult object",
+    "annotation file in no split",
+    "split without images",
+    "file name differs from the annotation",
+    "images outside the data set's folder",
+}
 
 
 class InvalidDatasetError(ValueError):
     """A data set whose annotations or images are damaged; the message names file, entry, field and remedy."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """
+    One thing that is wrong with a data set.
+
+    Args:
+        kind (`str`): A key of `REMEDIES`.
+        where (`str`): The file and the entry.
+        what (`str`): The field and what is wrong with it.
+        image (`str`, *optional*): Path of the image, where one is concerned and it is a file.
+        box (`tuple[float, float, float, float]`, *optional*): The box concerned, xywh, original pixels; may hold
+            anything that is a number.
+    """
+
+    kind: str
+    where: str
+    what: str
+    image: str | None = None
+    box: tuple[float, float, float, float] | None = None
 
 
 class ProblemLog:
@@ -51,18 +109,33 @@ class ProblemLog:
 
     Args:
         on_invalid (`"error"`, `"drop"` or `"clip"`): Whether `finish` raises, or says what was left out.
+
+    Attributes:
+        counts (`Counter[str]`): How often each kind occurred.
+        examples (`dict[str, list[Problem]]`): The first `NUM_KEPT` problems of each kind.
     """
 
     def __init__(self, on_invalid: OnInvalid) -> None:
         self.on_invalid = on_invalid
         self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[Problem]] = {}
         self.first: list[str] = []
 
-    def add(self, kind: str, where: str, what: str) -> None:
-        """Note one problem: its kind (a key of `REMEDIES`), the file and entry, and what is wrong with which field."""
+    def add(
+        self,
+        kind: str,
+        where: str,
+        what: str,
+        image: str | None = None,
+        box: tuple[float, float, float, float] | None = None,
+    ) -> None:
+        """Note one problem; the arguments are those of `Problem`."""
         self.counts[kind] += 1
-        if len(self.first) < NUM_SHOWN:
-            self.first.append(f"{where}: {what}")
+        examples = self.examples.setdefault(kind, [])
+        if len(examples) < NUM_KEPT:
+            examples.append(Problem(kind, where, what, image, box))
+        if kind not in REMARKS and len(self.first) < NUM_SHOWN:
+            self.first.append(f"{f'{where}: {what}':.1000}")  # file names may be endless
 
     @property
     def fatal(self) -> bool:
@@ -76,19 +149,23 @@ class ProblemLog:
         Raises:
             InvalidDatasetError: There are problems, and `on_invalid` is "error" or they cannot be left out.
         """
-        if not self.counts:
+        for kind in REMARKS & self.counts.keys():
+            shown = "; ".join(f"{problem.where}: {problem.what}" for problem in self.examples[kind][:NUM_REMARKED])
+            logger.warning("%d x %s: %s %s", self.counts[kind], kind, REMEDIES[kind], f"First: {shown}.")
+        counts = {kind: count for kind, count in self.counts.items() if kind not in REMARKS}
+        if not counts:
             return
         if self.on_invalid != "error" and not self.fatal:
-            kinds = ", ".join(f"{count} x {kind}" for kind, count in self.counts.items())
+            kinds = ", ".join(f"{count} x {kind}" for kind, count in counts.items())
             logger.warning('Left out or clipped (on_invalid="%s"): %s.', self.on_invalid, kinds)
             return
-        total = sum(self.counts.values())
+        total = sum(counts.values())
         lines = [f"{total} problem{'s' if total > 1 else ''} in the data set."]
         lines += [f"  {problem}" for problem in self.first]
         if total > len(self.first):
             lines.append(f"  ... and {total - len(self.first)} more.")
         lines.append("What to do:")
-        lines += [f"  {count} x {kind}: {REMEDIES[kind]}" for kind, count in self.counts.items()]
+        lines += [f"  {count} x {kind}: {REMEDIES[kind]}" for kind, count in counts.items()]
         if not self.fatal:
             lines.append(
                 'Or leave out what is invalid with on_invalid="drop", or "clip" to also cut boxes to their image.'

@@ -1,55 +1,77 @@
-from collections.abc import Mapping
-from itertools import permutations
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, IterableDatasetDict
 from datasets import Image as ImageFeature
 
 from .annotations import Annotations
 from .checks import check_images, check_objects
-from .coco import Categories, read_coco
-from .hub import read_class_names, read_objects_column
-from .layouts import SPLITS, find_coco_files, split_of
+from .coco import read_coco_splits
+from .dataset_files import report_unlisted_images, settle_image_paths
+from .formats import FORMATS, LOOKED_FOR, Format, find_format
+from .hub import load_hub_dataset, read_hub_splits
+from .image_folder import read_image_folder
 from .problems import InvalidDatasetError, OnInvalid, ProblemLog
+from .splits import check_fractions, report_overlap, split_train
+from .streaming import stream_rows
+from .voc import read_voc
+from .yolo import read_yolo, to_pixels
 
-Split = tuple[Annotations, Dataset]  # a split as it was read, and the column "image" with a row for each of its images
+READERS = {"coco": read_coco_splits, "voc": read_voc, "yolo": read_yolo, "imagefolder": read_image_folder}
 
 
 def load_detection_dataset(
     source: str | Path | Dataset | DatasetDict,
     *,
     on_invalid: OnInvalid = "error",
+    format: Format | None = None,
+    class_names: Sequence[str] | None = None,
     validation_fraction: float | None = None,
+    test_fraction: float | None = None,
+    group_by: str | None = None,
     seed: int = 0,
     check_files: bool = True,
     name: str | None = None,
     revision: str | None = None,
-) -> DatasetDict:
+    streaming: bool = False,
+) -> DatasetDict | IterableDatasetDict:
     """
     Read annotated images, check them, and return them in the row format of `row_format.py`.
 
     Args:
         source (`str`, `Path`, `Dataset` or `DatasetDict`): One of
 
-            - a folder with COCO JSON and images: `annotations_train.json` and `images/`;
-              `annotations/instances_train2017.json` and `train2017/`; `train/_annotations.coco.json` and images;
-            - one COCO JSON file, which becomes the split "train";
+            - a folder with images and COCO JSON (`layouts.py` says where), Pascal VOC (`voc.py`), YOLO (`yolo.py`) or
+              tables (`image_folder.py`);
+            - one file: a COCO JSON or a table, which becomes the split "train", or a description of YOLO;
             - a data set with the columns `image` and `objects` (`bbox` xywh, `category`): loaded, a folder of parquet
               files or of `save_to_disk`, or the id of one on the Hub.
         on_invalid (`"error"`, `"drop"` or `"clip"`): What to do about invalid objects and images: stop with a report
             of all of them; leave them out and log the counts; or the same, but cut boxes to their image where
             something is left of them. A box that sticks out of its image by up to one pixel is always cut.
+        format (`str`, *optional*): "coco", "voc", "yolo", "imagefolder" or "datasets", where a folder holds several.
+        class_names (`Sequence[str]`, *optional*): The classes in the order of their labels, matched by name, in place
+            of those of the data and their order.
         validation_fraction (`float`, *optional*): Share of "train" that becomes "validation" where there is none.
-        seed (`int`): Which images that share is made of.
-        check_files (`bool`): Open every image file (its header only) to compare its size with the annotations.
+        test_fraction (`float`, *optional*): Share of "train" that becomes "test" where there is none.
+        group_by (`str`, *optional*): Column, or field of an image's entry, whose values are kept together in these
+            shares: the patient, the video, the place. Images with the same content always are.
+        seed (`int`): Which images those shares are made of.
+        check_files (`bool`): Open every image file (its header only) to compare its size with the annotations, and
+            look for images that are there twice.
         name (`str`, *optional*): Configuration of a data set on the Hub.
         revision (`str`, *optional*): Its commit, branch or tag.
+        streaming (`bool`): Open no image before its row is read. Data sets of `datasets` are checked row by row as
+            they pass (`stream_rows` says how) and need not fit the disk; of the other formats, which are read as a
+            whole, the annotations are checked at once and the images as they pass.
 
     Returns:
-        `DatasetDict`: One or more of "train", "validation" and "test". Images of COCO folders stay files and are
-        decoded when they are read. Labels count from 0 in the order of the category ids.
+        `DatasetDict`, or `IterableDatasetDict` with `streaming`: One or more of "train", "validation" and "test".
+        Images in folders stay files and are decoded when they are read. Labels count from 0 in the order of COCO's
+        category ids, of a list of classes that comes with the data, or of the sorted names.
 
     Raises:
         InvalidDatasetError: Something is wrong with the data; the message names files, entries, fields and remedies.
@@ -57,124 +79,195 @@ def load_detection_dataset(
     """
     if on_invalid not in ("error", "drop", "clip"):
         raise ValueError(f'on_invalid is {on_invalid!r}; it must be "error", "drop" or "clip".')
-    if validation_fraction is not None and not 0 < validation_fraction < 1:
-        raise ValueError(f"validation_fraction is {validation_fraction}; it must lie between 0 and 1.")
-    problems = ProblemLog(on_invalid)
-    path = None if isinstance(source, Dataset | DatasetDict) else Path(source)
-    coco_files = find_coco_files(path) if path is not None and _may_hold_coco(path) else {}
-    if coco_files:
-        splits, class_names = _read_coco_splits(coco_files, problems)
-    else:
-        loaded = _load(source, name, revision)
-        splits, class_names = _read_objects_splits(loaded, "data set" if path is None else str(source), problems)
-    dataset = _check_and_convert(splits, class_names, problems, check_files)
-    if validation_fraction is not None and "train" in dataset and "validation" not in dataset:
-        dataset = _split_train(dataset, validation_fraction, seed)
-    return dataset
-
-
-def _may_hold_coco(path: Path) -> bool:
-    if path.is_file():
-        if path.suffix.lower() == ".json":
-            return True
-        raise InvalidDatasetError(f"{path} is not a COCO JSON file. Name one, or the folder that holds the data set.")
-    return path.is_dir() and not _is_saved_to_disk(path) and not any(path.rglob("*.parquet"))
-
-
-def _is_saved_to_disk(path: Path) -> bool:
-    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-
-
-def _load(source: str | Path | Dataset | DatasetDict, name: str | None, revision: str | None) -> Dataset | DatasetDict:
-    if isinstance(source, Dataset | DatasetDict):
-        return source
-    path = Path(source)
-    if path.is_dir():
-        if _is_saved_to_disk(path):
-            return load_from_disk(str(path))
-        if any(path.rglob("*.parquet")):
-            return load_dataset(str(path))
-        raise InvalidDatasetError(
-            f"{path} holds neither a COCO JSON nor a data set of `datasets`. Known are annotations_train.json with "
-            "images/, annotations/instances_train2017.json with train2017/, train/_annotations.coco.json, parquet "
-            "files and folders of save_to_disk."
+    if streaming and _is_hub_dataset(source, format):
+        check_fractions(validation_fraction, test_fraction)
+        if test_fraction is not None or group_by is not None:
+            raise ValueError("test_fraction and group_by cannot be used while a data set is streamed. Leave them out.")
+        is_loaded = not isinstance(source, str | Path)
+        return stream_rows(
+            source if is_loaded else load_hub_dataset(source, name, revision, streaming=True),
+            "data set" if is_loaded else str(source),
+            on_invalid=on_invalid,
+            class_names=class_names,
+            validation_fraction=validation_fraction,
+            seed=seed,
         )
-    if path.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
-        raise InvalidDatasetError(f"{source} does not exist. Check the path.")
+    problems = ProblemLog(on_invalid)
+    dataset = read_detection_dataset(
+        source,
+        problems,
+        format=format,
+        class_names=class_names,
+        validation_fraction=validation_fraction,
+        test_fraction=test_fraction,
+        group_by=group_by,
+        seed=seed,
+        check_files=check_files and not streaming,
+        name=name,
+        revision=revision,
+    )
+    problems.finish()
+    if streaming and dataset is not None:
+        return stream_rows(dataset, str(source), on_invalid=on_invalid)
+    return cast(DatasetDict, dataset)  # None comes with a problem that `finish` raises
+
+
+def _is_hub_dataset(source: Any, format: Format | None) -> bool:
+    """Whether a source is read by `datasets` and not by a reader of files."""
+    if not isinstance(source, str | Path) or not Path(source).exists():
+        return True
+    return (format or find_format(Path(source))) == "datasets"
+
+
+def read_detection_dataset(
+    source: str | Path | Dataset | DatasetDict,
+    problems: ProblemLog,
+    *,
+    format: Format | None = None,
+    class_names: Sequence[str] | None = None,
+    validation_fraction: float | None = None,
+    test_fraction: float | None = None,
+    group_by: str | None = None,
+    seed: int = 0,
+    check_files: bool = True,
+    name: str | None = None,
+    revision: str | None = None,
+) -> DatasetDict | None:
+    """
+    Read annotated images and record what is wrong with them, without raising for it; `load_detection_dataset` is this
+    and `problems.finish()`.
+
+    Args:
+        source (`str`, `Path`, `Dataset` or `DatasetDict`): As all arguments that follow: see `load_detection_dataset`.
+        problems (`ProblemLog`): Where everything invalid is recorded.
+
+    Returns:
+        `DatasetDict`, *optional*: What is valid (clipped if `problems` says so), or `None` after a problem that cannot
+        be left out (`problems.fatal`).
+
+    Raises:
+        ValueError: An argument is wrong.
+    """
+    check_fractions(validation_fraction, test_fraction)
+    if format not in (None, *FORMATS):
+        raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}.")
+    if class_names is not None and (not class_names or len(set(class_names)) < len(class_names)):
+        raise ValueError(f"class_names is {list(class_names)}; it must have one name or more, each once.")
+    where = "data set"
     try:
-        return load_dataset(str(source), name, revision=revision)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise InvalidDatasetError(
-            f"{source} is no folder or file here, and could not be loaded from the Hub: {error}. Check its name."
-        ) from error
-
-
-def _read_coco_splits(
-    files: Mapping[str, tuple[Path, list[Path]]], problems: ProblemLog
-) -> tuple[dict[str, Split], list[str]]:
-    splits: dict[str, Split] = {}
-    first: tuple[Path, Categories] | None = None
-    for split, (file, image_folders) in files.items():
-        annotations, paths, categories = read_coco(file, image_folders, problems)
-        splits[split] = annotations, Dataset.from_dict({"image": paths}, features=Features({"image": ImageFeature()}))
-        if first is not None and categories and categories != first[1]:
-            here, there = (dict(sorted(a.items() - b.items())) for a, b in permutations((categories, first[1])))
-            what = f'key "categories" has {here!r:.100} where {first[0]} has {there!r:.100}'
-            problems.add("categories differ between splits", str(file), what)
-        first = first or ((file, categories) if categories else None)
-    return splits, list(first[1].values()) if first else []
-
-
-def _read_objects_splits(
-    loaded: Dataset | DatasetDict, source: str, problems: ProblemLog
-) -> tuple[dict[str, Split], list[str]]:
-    named = loaded if isinstance(loaded, DatasetDict) else {str(loaded.split or "train"): loaded}
-    datasets: dict[str, Dataset] = {}
-    for name, dataset in named.items():
-        split = split_of(name) or ("train" if len(named) == 1 else None)
-        if split is None or split in datasets:
-            raise InvalidDatasetError(
-                f'{source} has the splits {", ".join(named)}: "{name}" is none of {", ".join(SPLITS)}, or is twice. '
-                "Load it with `datasets`, leave out or rename that split, and pass the DatasetDict."
-            )
-        datasets[split] = dataset.with_format(None)
-    class_names, labels = read_class_names(datasets)
-    splits = {
-        split: read_objects_column(datasets[split], labels, f'{source}, split "{split}"', problems)
-        for split in SPLITS
-        if split in datasets
+        if isinstance(source, Dataset | DatasetDict):
+            splits = read_hub_splits(source, where, problems, class_names, group_by)
+        else:
+            path = Path(source)
+            where = os.path.abspath(path) if path.exists() else str(source)
+            format = _format_of(path, format)
+            if format == "datasets":
+                loaded = load_hub_dataset(source, name, revision)
+                splits = read_hub_splits(loaded, str(source), problems, class_names, group_by)
+            else:
+                splits = _read_files(Path(where), format, class_names, group_by, problems, check_files)
+        if group_by is not None:
+            _check_groups(splits, group_by)
+        dataset = _check_and_convert(splits, class_names, problems, check_files)
+    except (InvalidDatasetError, OSError) as error:
+        problems.add("unusable data set", where, str(error).removeprefix(where).lstrip(": "))
+        return None
+    if dataset is None:
+        return None
+    groups = {
+        split: [group for group, keep in zip(annotations.groups, annotations.keep_image, strict=True) if keep]
+        for split, annotations in splits.items()
+        if annotations.groups
     }
-    return splits, class_names
+    duplicates = report_overlap(dataset, groups, problems) if check_files else []
+    return split_train(dataset, groups.get("train", []), duplicates, validation_fraction, test_fraction, seed)
+
+
+def _format_of(path: Path, format: Format | None) -> Format:
+    """The format of a source that is no data set in memory. What does not exist here may be on the Hub."""
+    if not path.exists():
+        if format not in (None, "datasets"):
+            raise InvalidDatasetError(f"{path} does not exist. Check the path.")
+        return "datasets"
+    if format is None or path.is_file():
+        found = find_format(path)
+        if format not in (None, found):
+            raise InvalidDatasetError(f'{path} is a file of the format "{found}", not "{format}". Correct either.')
+        return found
+    return format
+
+
+def _read_files(
+    path: Path,
+    format: Format,
+    class_names: Sequence[str] | None,
+    group_by: str | None,
+    problems: ProblemLog,
+    check_files: bool,
+) -> dict[str, Annotations]:
+    splits = READERS[format](path, problems, class_names, group_by)
+    if not splits:
+        raise InvalidDatasetError(f'{path} holds nothing of the format "{format}". Looked for:\n{LOOKED_FOR}')
+    for annotations in splits.values():
+        settle_image_paths(annotations, path if path.is_dir() else path.parent)
+    if check_files:
+        report_unlisted_images(splits.values(), problems)
+    return splits
+
+
+def _check_groups(splits: Mapping[str, Annotations], group_by: str) -> None:
+    for annotations in splits.values():
+        missing = [row for row, group in enumerate(annotations.groups) if group is None or group == ""]
+        if annotations.groups and len(missing) == len(annotations.groups):
+            raise InvalidDatasetError(f"{annotations.source}: group_by is {group_by!r}, but no image has that field.")
+        for row in missing:
+            annotations.drop_image(row, "no group", f'field "{group_by}" is missing')
 
 
 def _check_and_convert(
-    splits: Mapping[str, Split], class_names: list[str], problems: ProblemLog, check_files: bool
-) -> DatasetDict:
+    splits: Mapping[str, Annotations], class_names: Sequence[str] | None, problems: ProblemLog, check_files: bool
+) -> DatasetDict | None:
     checked: dict[str, dict[str, np.ndarray]] = {}
-    for split, (annotations, images) in splits.items():
-        encoded: Any = images.cast_column("image", ImageFeature(decode=False))["image"]
+    images: dict[str, Dataset] = {}
+    for split, annotations in splits.items():
+        if annotations.images is None:
+            paths = {"image": list(annotations.image_paths)}
+            annotations.images = Dataset.from_dict(paths, features=Features({"image": ImageFeature()}))
+        images[split] = annotations.images
+        encoded: Any = images[split].cast_column("image", ImageFeature(decode=False))["image"]
         check_images(annotations, encoded, check_files)
+        if annotations.boxes_are_fractions:
+            to_pixels(annotations)
         checked[split] = check_objects(annotations)
+        if class_names is not None:
+            checked[split] = _match_classes(annotations, checked[split], class_names)
         if problems.fatal:
             continue
         if not any(annotations.keep_image):
             problems.add("no images", annotations.source, "none of its images can be used")
         elif split == "train" and not len(checked[split]["row"]):
             problems.add("no objects", annotations.source, "none of its images has a valid object")
-    problems.finish()
+    if problems.fatal:
+        return None
     return DatasetDict(
         {
-            split: annotations.to_dataset(images, checked[split], class_names, split)
-            for split, (annotations, images) in splits.items()
+            split: annotations.to_dataset(images[split], checked[split], class_names or annotations.class_names, split)
+            for split, annotations in splits.items()
         }
     )
 
 
-def _split_train(dataset: DatasetDict, fraction: float, seed: int) -> DatasetDict:
-    train = dataset["train"]
-    num_validation = min(max(1, round(len(train) * fraction)), len(train) - 1)
-    if num_validation < 1:
-        raise ValueError(f'The split "train" has {len(train)} image; it takes 2 to set some aside for validation.')
-    order = np.random.default_rng(seed).permutation(len(train))
-    parts = {"train": sorted(order[num_validation:]), "validation": sorted(order[:num_validation])}
-    return DatasetDict(dataset | {split: train.select(indices) for split, indices in parts.items()})
+def _match_classes(
+    annotations: Annotations, objects: dict[str, np.ndarray], class_names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """The objects with the labels of these classes; those of other classes are reported and left out."""
+    labels = {name: label for label, name in enumerate(class_names)}
+    new_labels = np.array([labels.get(name, -1) for name in annotations.class_names], dtype=np.int64)
+    matched = new_labels[objects["category"]]
+    for index in np.flatnonzero(matched < 0):
+        name = annotations.class_names[objects["category"][index]]
+        what = f"class {name!r:.80} is none of {', '.join(class_names)}"
+        row, object_id = int(objects["row"][index]), int(objects["id"][index])
+        annotations.report("unknown category", f"{what:.300}", row, object_id, objects["bbox"][index].tolist())
+    keep = matched >= 0
+    return {field: values[keep] for field, values in (objects | {"category": matched}).items()}

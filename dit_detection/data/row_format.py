@@ -14,7 +14,17 @@ Class names travel in the feature `objects["category"]`, so a data set written w
 from collections.abc import Sequence
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    List,
+    Value,
+)
 
 OBJECT_FIELDS = ("id", "bbox", "category", "area", "iscrowd")
 
@@ -48,12 +58,12 @@ def empty_objects() -> dict[str, list[Any]]:
     return {field: [] for field in OBJECT_FIELDS}
 
 
-def class_names_of(dataset: Dataset | DatasetDict) -> list[str]:
+def class_names_of(dataset: Dataset | DatasetDict | IterableDataset | IterableDatasetDict) -> list[str]:
     """Class names of a data set in the row format, in the order of their labels."""
-    features = next(iter(dataset.values())).features if isinstance(dataset, DatasetDict) else dataset.features
+    features = next(iter(dataset.values())).features if isinstance(dataset, dict) else dataset.features
     return list(features["objects"]["category"].feature.names)
 
 
-def id2label_of(dataset: Dataset | DatasetDict) -> dict[int, str]:
+def id2label_of(dataset: Dataset | DatasetDict | IterableDataset | IterableDatasetDict) -> dict[int, str]:
     """The `id2label` that a model configuration needs for a data set in the row format."""
     return dict(enumerate(class_names_of(dataset)))

@@ -1,103 +1,202 @@
-from collections.abc import Callable, Mapping
+"""Rows of a data set → what a model is fed: decoded, augmented if wanted, and through the image processor."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import datasets
+import numpy as np
 import torch
-from datasets import Dataset
-from datasets import Image as ImageFeature
-from PIL import Image
+from torch.utils import data
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from .augmentation import DetectionAugmentation, DetectionTarget
+from .augmentation import DetectionAugmentation
 from .image_reading import DECODING_ERRORS, decode_image, to_rgb
+from .target import DetectionTarget, Sample
+
+ImageProcessor = Callable[..., Mapping[str, Any]]
+
+COLUMNS = ["image", "image_id", "width", "height", "objects"]
 
 
-class DetectionTransform:
+class DetectionDataset(data.Dataset[dict[str, Any]]):
     """
-    What a model is fed, from rows of a data set: decoded, augmented if wanted, and through the image processor.
+    What a model is fed: `pixel_values` `(3, H, W)`, `labels` and, if the image processor makes it, `pixel_mask`
+    `(H, W)`.
 
-    Use it as `dataset = transform.attach(dataset)`; each access to a row then yields `pixel_values`, `pixel_mask` and
-    `labels`. It can be pickled, so `DataLoader` workers may run it.
+    Invariant: an entry depends on (seed, view, index) and nothing else: not on the global random state, the number of
+    workers or processes, the order of access, or what it is batched with. Views are numbered; without an augmentation
+    all are equal. Epoch e shows view e, or, with `num_views`, view e modulo that, so that what is computed from the
+    few can be kept.
 
     Args:
+        rows (`datasets.Dataset`): In the row format (`row_format.py`). Images are decoded here and not by `datasets`,
+            which always applies the EXIF orientation, even where the annotated image ignored it.
         image_processor (`Callable`): A transformers image processor that takes images and COCO annotations, as DETR's.
         augmentation (`DetectionAugmentation`, *optional*): For training; leave it out at evaluation.
+        seed (`int`): 0 or more.
+        num_views (`int`, *optional*): Views to go round in; by default every epoch has a new one.
+
+    Raises:
+        ValueError: An argument is out of its range, or a column is missing.
     """
 
     def __init__(
-        self, image_processor: Callable[..., Mapping[str, Any]], augmentation: DetectionAugmentation | None = None
+        self,
+        rows: datasets.Dataset,
+        image_processor: ImageProcessor,
+        augmentation: DetectionAugmentation | None = None,
+        *,
+        seed: int = 0,
+        num_views: int | None = None,
     ) -> None:
+        if num_views is not None and num_views < 1:
+            raise ValueError(f"num_views is {num_views}; it must be 1 or more, or None: a new view every epoch.")
+        self.rows = rows.with_format(None).select_columns(COLUMNS).cast_column("image", datasets.Image(decode=False))
         self.image_processor = image_processor
         self.augmentation = augmentation
+        self.seed = _checked_seed(seed)
+        self.num_views = num_views
+        # In shared memory: workers that outlive an epoch have to hear of the next.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
-    def attach(self, dataset: Dataset) -> Dataset:
-        """
-        The data set with this transform applied to each row that is read.
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._epoch.share_memory_()  # plain pickling and copying put it into ordinary memory
 
-        Unlike `dataset.with_transform`, it leaves the decoding of images to the transform, which can tell whether an
-        EXIF orientation belongs to the annotated image (`datasets` always applies it) and which file is broken.
-        """
-        return dataset.cast_column("image", ImageFeature(decode=False)).with_transform(self)
+    def __len__(self) -> int:
+        return len(self.rows)
 
-    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.get_view(index, self.view)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """What a `DataLoader` calls for a batch."""
+        view = self.view
+        return [self.get_view(index, view) for index in indices]
+
+    @property
+    def view(self) -> int:
+        """The view that this epoch shows."""
+        epoch = int(self._epoch)
+        return epoch if self.num_views is None else epoch % self.num_views
+
+    def set_epoch(self, epoch: int) -> None:
+        """Show the view of this epoch from now on, in running workers too. `DetectionTrainer` calls it."""
+        self._epoch.fill_(epoch)
+
+    def get_view(self, index: int, view: int) -> dict[str, Any]:
         """
-        Prepare some rows.
+        One entry in one view.
 
         Args:
-            batch (`dict[str, list]`): Columns of the row format (`row_format.py`); images encoded or decoded.
-
-        Returns:
-            `dict[str, list]`: One entry per row in each of "pixel_values", "labels" and, if the image processor makes
-            one, "pixel_mask".
+            index (`int`): Row.
+            view (`int`): 0 or more.
 
         Raises:
-            ValueError: An image cannot be read or has not the size that was annotated; the message names it.
+            ValueError: The image cannot be read or has not the size that was annotated; the message names it.
         """
-        images, annotations = [], []
-        for index in range(len(batch["image"])):
-            row = {column: batch[column][index] for column in ("image", "image_id", "width", "height", "objects")}
-            image = F.pil_to_tensor(_read_image(row))
-            objects = row["objects"]
-            if self.augmentation is not None:
-                augmented, target = self.augmentation(tv_tensors.Image(image), _to_target(objects, image))
-                image, objects = augmented.as_subclass(torch.Tensor), _from_target(target)
-            images.append(image)
-            annotations.append(
-                {"image_id": row["image_id"], "annotations": _coco_annotations(row["image_id"], objects)}
-            )
-        encoded = self.image_processor(
-            images=images, annotations=annotations, input_data_format="channels_first", return_tensors="pt"
-        )
-        return {name: list(encoded[name]) for name in ("pixel_values", "pixel_mask", "labels") if name in encoded}
+        index = range(len(self))[index]
+        row = self.rows[index]
+        if self.augmentation is None:
+            return _encode(self.image_processor, row["image_id"], read_image(row), row["objects"])
+        generator = make_generator(self.seed, view, index)
+        image, target = self.augmentation(*read_sample(row), generator, self._draw_other)
+        return _encode(self.image_processor, row["image_id"], image, _from_target(target))
+
+    def _draw_other(self, generator: torch.Generator) -> Sample:
+        return read_sample(self.rows[int(torch.randint(len(self), (), generator=generator))])
 
 
-def _read_image(row: dict[str, Any]) -> Image.Image:
-    image, width, height = row["image"], row["width"], row["height"]
-    name = (image["path"] if isinstance(image, dict) else getattr(image, "filename", None)) or "(no file name)"
-    try:
-        if isinstance(image, dict):
-            return to_rgb(decode_image(image, width, height))
-        if image.size != (width, height):
+class DetectionIterableDataset(data.IterableDataset[dict[str, Any]]):
+    """
+    [`DetectionDataset`] for rows that are streamed: what is random about a row depends on (seed, epoch, image_id).
+
+    Args:
+        rows (`datasets.IterableDataset`): In the row format. Its shards are spread over the `DataLoader`'s workers.
+        image_processor (`Callable`): As of [`DetectionDataset`].
+        augmentation (`DetectionAugmentation`, *optional*): As of [`DetectionDataset`], without mosaic and copy-paste.
+        seed (`int`): 0 or more.
+
+    Raises:
+        ValueError: The augmentation needs other images, or an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.IterableDataset,
+        image_processor: ImageProcessor,
+        augmentation: DetectionAugmentation | None = None,
+        *,
+        seed: int = 0,
+    ) -> None:
+        if augmentation is not None and augmentation.needs_other_images:
             raise ValueError(
-                f"it is {image.size[0]} x {image.size[1]} pixels, but annotated as {width} x {height}; if its EXIF "
-                "orientation turned it, use `transform.attach(dataset)` instead of `dataset.with_transform(transform)`"
+                f"The augmentation has mosaic={augmentation.mosaic} and copy_paste={augmentation.copy_paste}, which "
+                "read other images at random; streamed rows cannot be. Set both to 0, or do without streaming."
             )
-        return to_rgb(image)
+        self.rows = rows.select_columns(COLUMNS).cast_column("image", datasets.Image(decode=False))
+        self.image_processor = image_processor
+        self.augmentation = augmentation
+        self.seed = _checked_seed(seed)
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._epoch.share_memory_()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        epoch = int(self._epoch)
+        for row in self.rows:
+            if self.augmentation is None:
+                yield _encode(self.image_processor, row["image_id"], read_image(row), row["objects"])
+            else:
+                generator = make_generator(self.seed, epoch, row["image_id"])
+                image, target = self.augmentation(*read_sample(row), generator)
+                yield _encode(self.image_processor, row["image_id"], image, _from_target(target))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle and augment as in this epoch from now on, in running workers too."""
+        self._epoch.fill_(epoch)
+        self.rows.set_epoch(epoch)
+
+
+def make_generator(*numbers: int) -> torch.Generator:
+    """A generator whose seed is mixed from integers, so that neighbours have nothing in common."""
+    state = np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def read_sample(row: dict[str, Any]) -> Sample:
+    """The image `(3, H, W)`, uint8, and the objects of a row, for augmentation."""
+    image = tv_tensors.Image(read_image(row))
+    objects = row["objects"]
+    boxes = torch.tensor(objects["bbox"], dtype=torch.float32).reshape(-1, 4)
+    boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
+    return image, {
+        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[-2:])),
+        "category": torch.tensor(objects["category"], dtype=torch.int64),
+        "area": torch.tensor(objects["area"], dtype=torch.float32),
+        "iscrowd": torch.tensor(objects["iscrowd"], dtype=torch.int64),
+        "visible": torch.ones(len(boxes)),
+    }
+
+
+def read_image(row: dict[str, Any]) -> torch.Tensor:
+    """The image of a row whose image column is not decoded, `(3, H, W)`, uint8."""
+    try:
+        return F.pil_to_tensor(to_rgb(decode_image(row["image"], row["width"], row["height"])))
     except DECODING_ERRORS as error:
+        name = row["image"]["path"] or "(no file name)"
         raise ValueError(
             f"Image {name!r} (image_id {row['image_id']}) cannot be used: {error}. Repair or remove it."
         ) from error
 
 
-def _to_target(objects: dict[str, list[Any]], image: torch.Tensor) -> DetectionTarget:
-    boxes = torch.tensor(objects["bbox"], dtype=torch.float32).reshape(-1, 4)
-    boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
-    return {
-        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[-2:])),
-        "category": torch.tensor(objects["category"], dtype=torch.int64),
-        "area": torch.tensor(objects["area"], dtype=torch.float32),
-        "iscrowd": torch.tensor(objects["iscrowd"], dtype=torch.int64),
-    }
+def _checked_seed(seed: int) -> int:
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; it must be 0 or more.")
+    return seed
 
 
 def _from_target(target: DetectionTarget) -> dict[str, list[Any]]:
@@ -110,9 +209,18 @@ def _from_target(target: DetectionTarget) -> dict[str, list[Any]]:
     }
 
 
-def _coco_annotations(image_id: int, objects: dict[str, list[Any]]) -> list[dict[str, Any]]:
+def _encode(
+    image_processor: ImageProcessor, image_id: int, image: torch.Tensor, objects: dict[str, list[Any]]
+) -> dict[str, Any]:
     columns = zip(objects["bbox"], objects["category"], objects["area"], objects["iscrowd"], strict=True)
-    return [
+    annotations = [
         {"image_id": image_id, "category_id": category, "iscrowd": iscrowd, "area": area, "bbox": bbox}
         for bbox, category, area, iscrowd in columns
     ]
+    encoded = image_processor(
+        images=[image.as_subclass(torch.Tensor)],
+        annotations=[{"image_id": image_id, "annotations": annotations}],
+        input_data_format="channels_first",
+        return_tensors="pt",
+    )
+    return {name: encoded[name][0] for name in ("pixel_values", "pixel_mask", "labels") if name in encoded}

@@ -9,6 +9,7 @@ Shape letters: B images, N tokens, D width, h w token grid.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,8 @@ def make_positions(height: int, width: int, dim: int, pretrained_grid: int) -> T
 
     Source: DiT's `get_2d_sincos_pos_embed`, itself from MAE.
     """
-    pitch = pretrained_grid / max(height, width)
+    longer: Any = torch.sym_max(height, width)  # not `max`: it would fix which side is the longer
+    pitch = pretrained_grid / longer
     frequencies = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
 
     def embed(length: int) -> Tensor:
@@ -83,7 +85,8 @@ class PatchEmbedding(nn.Module):
         """`(B, in_channels, h * patch_size, w * patch_size)` → `(B, N, D)`."""
         x = self.projection(latents)  # (B, D, h, w)
         height, width = x.shape[-2:]
-        x = x.flatten(2).transpose(1, 2)  # (B, N, D)
+        # Contiguous: the residual stream keeps these strides, and every norm of every block would copy it.
+        x = x.flatten(2).transpose(1, 2).contiguous()  # (B, N, D)
         return x + self.positions(height, width, like=x)
 
 
@@ -98,7 +101,7 @@ def eager_attention_forward(
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[Tensor, Tensor]:
     """Attention with its weights returned, in the signature of `ALL_ATTENTION_FUNCTIONS`."""
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    weights = torch.matmul(query * scaling, key.transpose(2, 3))  # fewer numbers to scale than the N x N weights
     weights = weights.softmax(dim=-1)
     output = torch.matmul(weights, value)
     return output.transpose(1, 2).contiguous(), weights
@@ -121,9 +124,18 @@ class DiTAttention(nn.Module):
         batch_size, num_tokens, width = hidden_states.shape
         qkv = self.qkv(hidden_states).view(batch_size, num_tokens, 3, -1, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, D/heads)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        implementation = self.config._attn_implementation
+        # torch's fused attention has no bf16 kernels for CPUs: matrix products and a softmax take 0.7 of its time,
+        # until the N x N weights no longer fit the caches. (Not in a compiled graph, whose N may be a symbol.)
+        if (
+            implementation == "sdpa"
+            and query.dtype == torch.bfloat16
+            and query.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and num_tokens <= 512
+        ):
+            implementation = "eager"
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attention(
             self, query, key, value, None, is_causal=False, scaling=self.head_dim**-0.5, dropout=0.0, **kwargs
         )
@@ -157,7 +169,8 @@ class LayerScale(nn.Module):
 
     def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
         """`(B, N, D)`, `(B, N, D)` → `(B, N, D)`."""
-        return torch.addcmul(residual, branch, self.weight)
+        # Cast, or autocast's bf16 branches would make the residual float32, and each norm's and product's input with it.
+        return torch.addcmul(residual, branch, self.weight.to(branch.dtype))
 
 
 class DiTLayer(GradientCheckpointingLayer):
@@ -193,24 +206,64 @@ class DiTBackbone(nn.Module):
             nn.LayerNorm(config.hidden_size, eps=config.attention_norm_eps) for _ in self.out_indices
         )
 
-    def forward(self, latents: Tensor, **kwargs: Unpack[TransformersKwargs]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def num_frozen_layers(self) -> int:
+        """How many leading blocks are frozen together with the patch embedding."""
+        modules = [self.patch_embedding, *self.layers]
+        trained = (any(parameter.requires_grad for parameter in module.parameters()) for module in modules)
+        return max(0, next((index for index, trains in enumerate(trained) if trains), len(modules)) - 1)
+
+    def encode_frozen(self, latents: Tensor, num_layers: int) -> Tensor:
+        """
+        What the first blocks pass on: `(B, in_channels, H, W)` latents → `(B, S, h, w, D)`.
+
+        The S states are the outputs of the tapped blocks among them and, if that is not the last of these, of the last
+        block.
+        """
+        height, width = self._token_grid(latents)
+        x, tapped = self._run(self.patch_embedding(latents), [], 0, num_layers)
+        if num_layers - 1 not in self.out_indices:
+            tapped.append(x)
+        return torch.stack(tapped, dim=1).unflatten(2, (height, width))
+
+    def forward(
+        self,
+        latents: Tensor,
+        num_frozen_layers: int = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """
         Args:
-            latents (`torch.Tensor` of shape `(B, in_channels, h * patch_size, w * patch_size)`).
+            latents (`torch.Tensor` of shape `(B, in_channels, h * patch_size, w * patch_size)`): Or, with
+                `num_frozen_layers`, what `encode_frozen` made of them, `(B, S, h, w, D)`.
+            num_frozen_layers (`int`): How many blocks have run already.
 
         Returns:
             The last hidden state `(B, N, D)` and the tapped maps, each `(B, D, h, w)`, shallow to deep.
         """
-        patch_size = self.patch_embedding.projection.kernel_size[0]
-        height, width = latents.shape[-2] // patch_size, latents.shape[-1] // patch_size
-        x = self.patch_embedding(latents)  # (B, N, D)
-        tapped = []
-        for index, layer in enumerate(self.layers):
-            x = layer(x, **kwargs)  # (B, N, D)
-            if index in self.out_indices:
-                tapped.append(x)
+        if num_frozen_layers == 0:
+            height, width = self._token_grid(latents)
+            x, tapped = self.patch_embedding(latents), []
+        else:
+            height, width = latents.shape[2:4]
+            states = latents.flatten(2, 3).unbind(1)  # each (B, N, D)
+            x, tapped = states[-1], list(states[: sum(index < num_frozen_layers for index in self.out_indices)])
+        x, tapped = self._run(x, tapped, num_frozen_layers, len(self.layers), **kwargs)
         feature_maps = tuple(
             norm(tap).transpose(1, 2).unflatten(2, (height, width))  # (B, D, h, w)
             for norm, tap in zip(self.tap_norms, tapped, strict=True)
         )
         return x, feature_maps
+
+    def _token_grid(self, latents: Tensor) -> tuple[int, int]:
+        patch_size = self.patch_embedding.projection.kernel_size[0]
+        return latents.shape[-2] // patch_size, latents.shape[-1] // patch_size
+
+    def _run(
+        self, x: Tensor, tapped: list[Tensor], first: int, end: int, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Blocks `first` to `end - 1` on `(B, N, D)`; their tapped outputs come after those in `tapped`."""
+        for index in range(first, end):
+            x = self.layers[index](x, **kwargs)
+            if index in self.out_indices:
+                tapped.append(x)
+        return x, tapped

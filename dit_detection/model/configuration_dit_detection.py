@@ -129,6 +129,12 @@ class DiTDetectionConfig(PreTrainedConfig):
         """Anchors at every cell of every feature map."""
         return len(self.anchor_sizes[0]) * len(self.aspect_ratios)
 
+    def frozen_states_shape(self, num_frozen_layers: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(S, h, w, D) of what the first blocks pass on for a token grid: see `DiTDetectionModel.encode_frozen`."""
+        num_taps = sum(index < num_frozen_layers for index in self.out_indices)
+        num_states = num_taps + (num_frozen_layers - 1 not in self.out_indices)
+        return num_states, height, width, self.hidden_size
+
     def _check(self) -> None:
         for name in ("patch_size", "hidden_size", "num_attention_heads", "atss_candidates", "max_candidates"):
             if getattr(self, name) < 1:

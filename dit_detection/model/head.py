@@ -45,7 +45,7 @@ class AnchorHead(nn.Module):
     def _tower(self, in_channels: int, widths: Sequence[int]) -> nn.Sequential:
         layers: list[nn.Module] = []
         for width in widths:
-            layers += [nn.Conv2d(in_channels, width, 3, padding=1), group_norm(width), nn.ReLU()]
+            layers += [nn.Conv2d(in_channels, width, 3, padding=1), group_norm(width), nn.ReLU(inplace=True)]
             in_channels = width
         return nn.Sequential(*layers)
 

@@ -194,8 +194,11 @@ class DiTDetectionImageProcessor(TorchvisionBackend):
 
         results = []
         for index, (image_scores, image_boxes) in enumerate(zip(scores, boxes, strict=True)):
-            best, order = image_scores.flatten().sort(descending=True, stable=True)
-            order = order[: min(int((best > threshold).sum()), MAX_BEFORE_NMS)]
+            flat = image_scores.flatten()
+            order = (flat > threshold).nonzero().squeeze(1)
+            if len(order) > MAX_BEFORE_NMS:  # sorting few is faster; ties with the last are kept, for the sort to cut
+                order = order[flat[order] >= flat.topk(MAX_BEFORE_NMS).values[-1]]
+            order = order[flat[order].argsort(descending=True, stable=True)[:MAX_BEFORE_NMS]]
             candidate, labels = order // scores.shape[2], order % scores.shape[2]
             kept_scores, kept_boxes = image_scores[candidate, labels], image_boxes[candidate]
             # In float64: torchvision separates the classes by shifting their boxes apart, which costs digits.

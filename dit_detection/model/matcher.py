@@ -1,21 +1,26 @@
 # Copyright 2026 The dit_detection authors. Licensed under the Apache License, Version 2.0.
 """
-Which anchor answers for which object. Shape letters: A anchors, M objects, K candidates.
+Which anchor answers for which object. Shape letters: B images, A anchors, M objects, N objects of all images, K
+candidates.
 
-Objects are looked at `CHUNK` at a time: the (M, A) table of an image with thousands of objects would fill the memory.
+Tables of objects and anchors are made `CHUNK` entries at a time: whole, those of an image with thousands of objects
+would fill the memory.
 """
 
-from collections.abc import Iterator
+import re
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
+
+from .boxes import broadcast_iou, share_inside
 
 BACKGROUND = -1
 IGNORE = -2
-CHUNK = 256
+CHUNK = 2**21
 
 
+@dataclass
 class AnchorMatcher:
     """
     Assigns each anchor an object, background, or nothing to learn.
@@ -27,137 +32,188 @@ class AnchorMatcher:
         atss_candidates (`int`): See [`DiTDetectionConfig`]; for `atss`.
     """
 
-    def __init__(
-        self,
-        method: str,
-        num_anchors_per_cell: int,
-        foreground_iou: float = 0.5,
-        background_iou: float = 0.4,
-        allow_low_quality_matches: bool = True,
-        atss_candidates: int = 9,
-    ) -> None:
-        self.method = method
-        self.num_anchors_per_cell = num_anchors_per_cell
-        self.foreground_iou = foreground_iou
-        self.background_iou = background_iou
-        self.allow_low_quality_matches = allow_low_quality_matches
-        self.atss_candidates = atss_candidates
+    method: str
+    num_anchors_per_cell: int
+    foreground_iou: float = 0.5
+    background_iou: float = 0.4
+    allow_low_quality_matches: bool = True
+    atss_candidates: int = 9
 
-    @torch.no_grad()
     def __call__(
-        self, anchors: Tensor, level_sizes: list[int], boxes: Tensor, iscrowd: Tensor, valid: Tensor
+        self, anchors: Tensor, level_sizes: list[int], boxes: Tensor, exists: Tensor, iscrowd: Tensor, valid: Tensor
     ) -> Tensor:
         """
         Args:
             anchors (`torch.Tensor` of shape `(A, 4)`): xyxy, input pixels, finest level first.
             level_sizes (`list[int]`): Anchors of each level; they add up to A.
-            boxes (`torch.Tensor` of shape `(M, 4)`): Objects of one image, xyxy, input pixels; M may be 0.
-            iscrowd (`torch.Tensor` of shape `(M,)`, bool): Regions of uncounted objects. They match nothing, but the
+            boxes (`torch.Tensor` of shape `(B, M, 4)`): Objects, xyxy, input pixels.
+            exists (`torch.Tensor` of shape `(B, M)`, bool): False for the rows that fill up the rectangle.
+            iscrowd (`torch.Tensor` of shape `(B, M)`, bool): Regions of uncounted objects. They match nothing, but the
                 background anchors that lie at least half inside one are ignored.
-            valid (`torch.Tensor` of shape `(A,)`, bool): Anchors outside the padding; the others are ignored.
+            valid (`torch.Tensor` of shape `(B, A)`, bool): Anchors outside the padding; the others are ignored.
 
         Returns:
-            `torch.Tensor` of shape `(A,)`, int64: index into `boxes`, `BACKGROUND` or `IGNORE`.
+            `torch.Tensor` of shape `(B, A)`, int64: index into an image's `boxes`, `BACKGROUND` or `IGNORE`.
         """
-        objects = (~iscrowd).nonzero().squeeze(1)
+        return _match_anchors(anchors, level_sizes, boxes, exists, iscrowd, valid, *astuple(self))
+
+    def match(
+        self, anchors: Tensor, level_sizes: list[int], boxes: Tensor, exists: Tensor, iscrowd: Tensor, valid: Tensor
+    ) -> Tensor:
+        """What calling the matcher does, in the open: `torch.compile` sees only the call."""
+        objects = exists & ~iscrowd
         if self.method == "atss":
-            matched = self._match_atss(anchors, level_sizes, boxes[objects], valid)
+            matched = self._match_atss(anchors, level_sizes, boxes, objects, valid)
         else:
-            matched = self._match_max_iou(anchors, boxes[objects], valid)
-        if len(objects) < len(boxes):
-            if len(objects):
-                matched = torch.where(matched >= 0, objects[matched.clamp(min=0)], matched)
-            for crowd in boxes[iscrowd]:
-                inside = (matched == BACKGROUND) & (_share_inside(anchors, crowd) >= 0.5)
-                matched = matched.masked_fill(inside, IGNORE)
+            rows = [
+                self._match_max_iou(anchors * in_image[:, None], boxes_of_image, is_object.nonzero().squeeze(1))
+                for boxes_of_image, is_object, in_image in zip(boxes, objects, valid, strict=True)
+            ]
+            matched = torch.stack(rows)
+        for image, crowd in (exists & iscrowd).nonzero().tolist():
+            inside = (matched[image] == BACKGROUND) & (share_inside(anchors, boxes[image, crowd]) >= 0.5)
+            matched[image].masked_fill_(inside, IGNORE)
         return matched.masked_fill(~valid, IGNORE)
 
-    def _match_max_iou(self, anchors: Tensor, boxes: Tensor, valid: Tensor) -> Tensor:
-        best_iou, best_object = anchors.new_zeros(len(anchors)), valid.new_zeros(len(anchors), dtype=torch.int64)
-        low_quality = torch.zeros_like(valid)
-        for start, iou in _chunked_iou(boxes, anchors, valid):
+    def _match_max_iou(self, anchors: Tensor, boxes: Tensor, objects: Tensor) -> Tensor:
+        """`(A,)` for the objects `(N,)` of one image. Anchors in the padding come without area: they overlap none."""
+        best_iou, best_object = anchors.new_zeros(len(anchors)), objects.new_zeros(len(anchors))
+        low_quality = torch.zeros_like(best_iou, dtype=torch.bool)
+        anchors = anchors.T.contiguous().T  # coordinate after coordinate: faster to read
+        for chunk in _chunks(objects, len(anchors)):
+            iou = broadcast_iou(boxes[chunk, None], anchors)  # (N, A)
             chunk_iou, chunk_object = iou.max(dim=0)
             better = chunk_iou > best_iou
             best_iou = torch.where(better, chunk_iou, best_iou)
-            best_object = torch.where(better, chunk_object + start, best_object)
+            best_object = torch.where(better, chunk[chunk_object], best_object)
             # Every anchor that ties for an object's best IoU. Objects that overlap no anchor at all (best IoU 0) are
             # left out: every anchor would tie.
             best_of_object = iou.amax(dim=1, keepdim=True)
-            low_quality |= ((iou == best_of_object) & (best_of_object > 0)).any(dim=0)
+            low_quality |= (iou == best_of_object.masked_fill(best_of_object == 0, 2.0)).any(dim=0)
         matched = torch.where(best_iou >= self.foreground_iou, best_object, IGNORE)
         matched = matched.masked_fill(best_iou < self.background_iou, BACKGROUND)
         if self.allow_low_quality_matches:
             matched = torch.where(low_quality, best_object, matched)
         return matched
 
-    def _match_atss(self, anchors: Tensor, level_sizes: list[int], boxes: Tensor, valid: Tensor) -> Tensor:
-        best_iou, best_object = (
-            anchors.new_zeros(len(anchors)),
-            valid.new_full((len(anchors),), BACKGROUND, dtype=torch.int64),
-        )
-        for start, iou in _chunked_iou(boxes, anchors, valid):
-            chunk = boxes[start : start + len(iou)]
-            candidates = self._nearest_cells(anchors, level_sizes, chunk, valid)  # (M, K)
-            candidate_iou = iou.gather(1, candidates)
-            usable = valid[candidates]
-            count = usable.sum(dim=1, keepdim=True).clamp(min=1)
-            mean = (candidate_iou * usable).sum(dim=1, keepdim=True) / count
-            variance = ((candidate_iou - mean).square() * usable).sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
-            centers = ((anchors[:, :2] + anchors[:, 2:]) / 2)[candidates]  # (M, K, 2)
-            inside = ((centers > chunk[:, None, :2]) & (centers < chunk[:, None, 2:])).all(dim=2)
-            positive = usable & inside & (candidate_iou > 0) & (candidate_iou >= mean + variance.sqrt())
-            # An anchor that several objects claim goes to the one it overlaps most.
-            claimed = torch.zeros_like(iou).scatter_(1, candidates, candidate_iou * positive)
-            chunk_iou, chunk_object = claimed.max(dim=0)
-            better = chunk_iou > best_iou
-            best_iou = torch.where(better, chunk_iou, best_iou)
-            best_object = torch.where(better, chunk_object + start, best_object)
-        return self._adopt_orphans(best_object, anchors, boxes, valid)
+    def _match_atss(
+        self, anchors: Tensor, level_sizes: list[int], boxes: Tensor, objects: Tensor, valid: Tensor
+    ) -> Tensor:
+        """`(B, A)` for the objects of all images together."""
+        matched = torch.full_like(valid, BACKGROUND, dtype=torch.int64)
+        image, index = objects.nonzero(as_tuple=True)  # each (N,)
+        if len(image) == 0:
+            return matched
+        boxes = boxes[image, index]  # (N, 4)
 
-    def _nearest_cells(self, anchors: Tensor, level_sizes: list[int], boxes: Tensor, valid: Tensor) -> Tensor:
-        """On each level, all anchors of the cells nearest to each object's centre: `(M, K)` anchor indices."""
-        centers = (boxes[:, :2] + boxes[:, 2:]) / 2
-        per_cell, first, candidates = self.num_anchors_per_cell, 0, []
-        for size in level_sizes:
-            cells = torch.arange(first, first + size, per_cell, device=anchors.device)
-            cell_centers = (anchors[cells, :2] + anchors[cells, 2:]) / 2
-            distance = (centers[:, None] - cell_centers).square().sum(dim=2)  # (M, cells)
-            distance = distance.masked_fill(~valid[cells], float("inf"))
-            nearest = distance.topk(min(self.atss_candidates, len(cells)), largest=False).indices  # (M, k)
-            members = cells[nearest][:, :, None] + torch.arange(per_cell, device=anchors.device)
-            candidates.append(members.flatten(1))
-            first += size
-        return torch.cat(candidates, dim=1)
+        claims, chances = [], []
+        for chunk in _chunks(torch.arange(len(boxes), device=boxes.device), self._num_cells(level_sizes)):
+            candidates, iou, usable = self._candidates(anchors, level_sizes, boxes[chunk], valid, image[chunk])
+            count = usable.sum(dim=1, keepdim=True)
+            mean = iou.sum(dim=1, keepdim=True) / count.clamp(min=1)
+            variance = ((iou - mean).square() * usable).sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
+            centers = ((anchors[:, :2] + anchors[:, 2:]) / 2)[candidates]  # (N, K, 2)
+            inside = ((centers > boxes[chunk, None, :2]) & (centers < boxes[chunk, None, 2:])).all(dim=2)
+            row, column = (inside & (iou > 0) & (iou >= mean + variance.sqrt())).nonzero(as_tuple=True)
+            claims.append((chunk[row], candidates[row, column], iou[row, column]))
+            chances.append(iou.amax(dim=1))
 
-    def _adopt_orphans(self, matched: Tensor, anchors: Tensor, boxes: Tensor, valid: Tensor) -> Tensor:
-        """
-        Give each object without an anchor the free anchor that it overlaps most, if it overlaps any.
+        # An anchor that several objects claim goes to the one it overlaps most, then to the first.
+        claimant, anchor, iou = (torch.cat(parts) for parts in zip(*claims, strict=True))
+        place = image[claimant] * len(anchors) + anchor
+        wins = iou == iou.new_zeros(matched.numel()).scatter_reduce(0, place, iou, "amax")[place]
+        matched.view(-1).scatter_reduce_(0, place[wins], index[claimant[wins]], "amin", include_self=False)
 
-        Those with the best chance choose first, so the order of the objects does not matter.
-        """
-        has_anchor = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-        has_anchor[matched[matched >= 0]] = True
-        orphans = (~has_anchor).nonzero().squeeze(1)
-        free = valid & (matched < 0)
-        chances = [iou.amax(dim=1) for _, iou in _chunked_iou(boxes[orphans], anchors, free)]
-        if chances:
-            orphans = orphans[torch.cat(chances).argsort(descending=True)]
-        for orphan in orphans:
-            iou = box_iou(boxes[orphan][None], anchors)[0]
-            iou = iou.masked_fill(~valid | (matched >= 0), 0)
-            best = iou.argmax()
-            matched[best] = torch.where(iou[best] > 0, orphan, matched[best])
+        # Objects left without an anchor adopt one. Those with the best chance choose first, so the order of the
+        # objects does not matter.
+        has_anchor = torch.zeros_like(objects)
+        has_anchor[image[claimant], matched[image[claimant], anchor]] = True
+        chance, order = torch.cat(chances).sort(descending=True, stable=True)
+        orphans = order[~has_anchor[image[order], index[order]] & (chance > 0)]
+        for chunk in _chunks(orphans, self._num_cells(level_sizes)):
+            candidates, iou, _ = self._candidates(anchors, level_sizes, boxes[chunk], valid, image[chunk])
+            for position, orphan in enumerate(chunk.tolist()):
+                image_matched, image_valid = matched[image[orphan]], valid[image[orphan]]
+                if not _adopt(index[orphan], candidates[position], iou[position], image_matched):
+                    all_iou = broadcast_iou(boxes[orphan], anchors) * image_valid
+                    _adopt(index[orphan], torch.arange(len(anchors), device=boxes.device), all_iou, image_matched)
         return matched
 
+    def _num_cells(self, level_sizes: list[int]) -> int:
+        """Of the finest level."""
+        return max(level_sizes) // self.num_anchors_per_cell
 
-def _chunked_iou(boxes: Tensor, anchors: Tensor, valid: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield the first object's index and the `(M, A)` IoUs of each chunk of objects; 0 for anchors in the padding."""
-    for start in range(0, len(boxes), CHUNK):
-        yield start, box_iou(boxes[start : start + CHUNK], anchors) * valid
+    def _candidates(
+        self, anchors: Tensor, level_sizes: list[int], boxes: Tensor, valid: Tensor, image: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        On each level, all anchors of the cells nearest to the centres of boxes `(N, 4)` of images `(N,)`.
+
+        Returns:
+            Each `(N, K)`: indices of the anchors, rising, their IoU, and whether they lie outside the padding.
+            IoU is 0 in the padding. The nearest cell has the anchors with the highest IoU of a level, because it is
+            nearest both across and down; so a box that overlaps no candidate overlaps no anchor.
+        """
+        centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+        per_cell, first, levels = self.num_anchors_per_cell, 0, []
+        for size in level_sizes:
+            cells = torch.arange(first, first + size, per_cell, device=anchors.device)
+            cell_x, cell_y = ((anchors[cells, :2] + anchors[cells, 2:]) / 2).unbind(1)
+            distance = (centers[:, :1] - cell_x).square() + (centers[:, 1:] - cell_y).square()  # (N, cells)
+            distance.masked_fill_(~valid[:, cells][image], float("inf"))
+            nearest = distance.topk(min(self.atss_candidates, len(cells)), largest=False).indices  # (N, k)
+            members = cells[nearest.sort(dim=1).values][:, :, None] + torch.arange(per_cell, device=anchors.device)
+            levels.append(members.flatten(1))
+            first += size
+        candidates = torch.cat(levels, dim=1)
+        usable = valid[image[:, None], candidates]
+        return candidates, broadcast_iou(boxes[:, None], anchors[candidates]) * usable, usable
 
 
-def _share_inside(anchors: Tensor, region: Tensor) -> Tensor:
-    """The share of each anchor's area that lies in a region: `(A, 4)`, `(4,)` → `(A,)`."""
-    overlap = (torch.minimum(anchors[:, 2:], region[2:]) - torch.maximum(anchors[:, :2], region[:2])).clamp(min=0)
-    sides = anchors[:, 2:] - anchors[:, :2]
-    return overlap.prod(dim=1) / sides.prod(dim=1)
+# A name per copy of this file: the package and a checkpoint folder may both be loaded in one process.
+@torch.library.custom_op(f"dit_detection::match_anchors_{re.sub(r'[^0-9a-zA-Z]', '_', __name__)}", mutates_args=())
+def _match_anchors(
+    anchors: Tensor,
+    level_sizes: list[int],
+    boxes: Tensor,
+    exists: Tensor,
+    iscrowd: Tensor,
+    valid: Tensor,
+    method: str,
+    num_anchors_per_cell: int,
+    foreground_iou: float,
+    background_iou: float,
+    allow_low_quality_matches: bool,
+    atss_candidates: int,
+) -> Tensor:
+    """The matcher as one operation that `torch.compile` does not look into: its shapes depend on the data."""
+    settings = (method, num_anchors_per_cell, foreground_iou, background_iou, allow_low_quality_matches)
+    matcher = AnchorMatcher(*settings, atss_candidates)
+    return matcher.match(anchors, level_sizes, boxes, exists, iscrowd, valid)
+
+
+@_match_anchors.register_fake
+def _(
+    anchors: Tensor,
+    level_sizes: list[int],
+    boxes: Tensor,
+    exists: Tensor,
+    iscrowd: Tensor,
+    valid: Tensor,
+    *settings: object,
+) -> Tensor:
+    return torch.empty_like(valid, dtype=torch.int64)
+
+
+def _adopt(index: Tensor, candidates: Tensor, iou: Tensor, matched: Tensor) -> bool:
+    """Give an object the free candidate that it overlaps most, in `matched` `(A,)`; False if it overlaps none."""
+    best_iou, best = (iou * (matched[candidates] == BACKGROUND)).max(dim=0)
+    if best_iou > 0:
+        matched[candidates[best]] = index
+        return True
+    return False
+
+
+def _chunks(objects: Tensor, entries_per_object: int) -> tuple[Tensor, ...]:
+    """Objects, so many at a time that a table of them has about `CHUNK` entries; none if there are no objects."""
+    return objects.split(max(1, CHUNK // entries_per_object)) if len(objects) else ()

@@ -5,6 +5,7 @@ An object detector on a Diffusion Transformer (DiT, Peebles & Xie), not Microsof
 Shape letters: B images, A anchors, K candidates, M objects, N tokens, D width, H W pixels.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +22,11 @@ from transformers.utils.output_capturing import capture_outputs
 from .anchors import make_anchors
 from .backbone import DiTAttention, DiTBackbone, DiTLayer
 from .box_coder import BoxCoder
-from .boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, normalize_boxes, scale_boxes
+from .boxes import box_xyxy_to_cxcywh, normalize_boxes
 from .configuration_dit_detection import DiTDetectionConfig
 from .convert_dit import dit_config, fold_dit
 from .head import AnchorHead
+from .labels import make_targets, pad_labels
 from .latent_encoder import LatentEncoder
 from .load_dit import load_dit, source_name
 from .losses import DetectionLoss
@@ -64,7 +66,8 @@ class DiTObjectDetectionOutput(ModelOutput):
             matched anchor of the whole batch, over all processes; in eval mode the mean of `loss_per_image`.
         loss_dict (`dict[str, torch.FloatTensor]`, *optional*, with `labels`): `loss_class` and `loss_bbox`, weighted.
         logits (`torch.FloatTensor` of shape `(B, K, num_labels)`): One score per class, before the sigmoid, without a
-            "no object" column. In training all anchors; in eval mode at most the best `config.max_candidates`.
+            "no object" column. In training all anchors; in eval mode at most the best `config.max_candidates`,
+            best first.
         pred_boxes (`torch.FloatTensor` of shape `(B, K, 4)`): cxcywh in [0, 1], relative to the image *without* its
             padding, float32.
         loss_per_image (`torch.FloatTensor` of shape `(B,)`, *optional*, in eval mode with `labels`): Each image's loss
@@ -119,22 +122,90 @@ class DiTDetectionModel(DiTDetectionPreTrainedModel):
         self.backbone = DiTBackbone(config)
         self.post_init()
 
+    @torch.no_grad()
+    def encode_frozen(self, pixel_values: Tensor) -> dict[str, Any]:
+        """
+        What the frozen part makes of images: keep it, and pass it to `forward` in the place of `pixel_values`.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): As in `forward`.
+
+        Returns:
+            `dict`: With the patch embedding and some blocks frozen, `frozen_states` `(B, S, h, w, D)` and
+            `num_frozen_layers`; with the latent encoder alone, `latents` `(B, in_channels, H', W')`.
+
+        Raises:
+            ValueError: If nothing is frozen that takes time.
+        """
+        num_frozen_layers = self.backbone.num_frozen_layers()
+        if num_frozen_layers == 0 and self.latent_encoder is None:
+            raise ValueError(
+                "Nothing of this model is frozen. Call `freeze_backbone` first; `None` freezes all blocks."
+            )
+        latents = self._encode_latents(pixel_values)
+        if num_frozen_layers == 0:
+            return {"latents": latents}
+        states = self.backbone.encode_frozen(latents, num_frozen_layers)
+        return {"frozen_states": states, "num_frozen_layers": num_frozen_layers}
+
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> DiTDetectionModelOutput:
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        *,
+        latents: Tensor | None = None,
+        frozen_states: Tensor | None = None,
+        num_frozen_layers: int = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> DiTDetectionModelOutput:
         r"""
+        Takes one of `pixel_values`, `latents` and `frozen_states`.
+
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1]. Any H and W: what is missing to a whole
-                number of tokens is padded with 0, mid-grey.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`, *optional*): In [-1, 1]. Any H and W: what is missing
+                to a whole number of tokens is padded with 0, mid-grey.
+            latents (`torch.Tensor` of shape `(B, in_channels, H', W')`, *optional*): As `encode_frozen` gives them.
+            frozen_states (`torch.Tensor` of shape `(B, S, h, w, D)`, *optional*), num_frozen_layers (`int`): As
+                `encode_frozen` gives them. `hidden_states` and `attentions` then begin after these blocks.
         """
+        if (pixel_values is None) + (latents is None) + (frozen_states is None) != 2:
+            raise ValueError("Pass exactly one of pixel_values, latents and frozen_states.")
+        if (frozen_states is None) != (num_frozen_layers == 0):
+            raise ValueError("Pass frozen_states and num_frozen_layers together, as `encode_frozen` gives them.")
+        if pixel_values is not None:
+            encoded = self._encode_latents(pixel_values)
+        elif latents is not None:
+            encoded = self._as_computed(latents)
+        elif frozen_states is not None:
+            self._check_frozen_states(frozen_states, num_frozen_layers)
+            encoded = self._as_computed(frozen_states)
+        last_hidden_state, feature_maps = self.backbone(encoded, num_frozen_layers, **kwargs)
+        return DiTDetectionModelOutput(last_hidden_state=last_hidden_state, feature_maps=torch.stack(feature_maps, 1))
+
+    def _encode_latents(self, pixel_values: Tensor) -> Tensor:
+        """`(B, 3, H, W)` pixels → `(B, in_channels, H', W')`, a whole number of tokens."""
         stride = self.config.token_stride
         height, width = pixel_values.shape[-2:]
         pixel_values = pixel_values.to(self.dtype)
-        if height % stride or width % stride:
+        # Compiled or exported, one graph serves every size, whether it needs padding or not.
+        if torch.compiler.is_compiling() or height % stride or width % stride:
             pixel_values = F.pad(pixel_values, (0, -width % stride, 0, -height % stride))
-        latents = pixel_values if self.latent_encoder is None else self.latent_encoder(pixel_values)
-        last_hidden_state, feature_maps = self.backbone(latents, **kwargs)
-        return DiTDetectionModelOutput(last_hidden_state=last_hidden_state, feature_maps=torch.stack(feature_maps, 1))
+        return pixel_values if self.latent_encoder is None else self.latent_encoder(pixel_values)
+
+    def _as_computed(self, encoded: Tensor) -> Tensor:
+        """In the model's type, or, under autocast, as the frozen part left it: float32 would cost twice the memory."""
+        return encoded if torch.is_autocast_enabled(encoded.device.type) else encoded.to(self.dtype)
+
+    def _check_frozen_states(self, frozen_states: Tensor, num_frozen_layers: int) -> None:
+        """Raise ValueError if these cannot be the states after that many blocks of this model."""
+        shape = self.config.frozen_states_shape(num_frozen_layers, *frozen_states.shape[2:4])
+        if tuple(frozen_states.shape[1:]) != shape or num_frozen_layers > self.config.num_hidden_layers:
+            raise ValueError(
+                f"frozen_states of shape {tuple(frozen_states.shape)} do not belong to this model after "
+                f"num_frozen_layers={num_frozen_layers} blocks: expected (B, {', '.join(map(str, shape))}). Compute "
+                "them with `encode_frozen` of the model that reads them."
+            )
 
 
 class DiTForObjectDetection(DiTDetectionPreTrainedModel):
@@ -233,9 +304,13 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         pixel_mask: Tensor | None = None,
-        labels: list[dict[str, Tensor]] | None = None,
+        labels: Sequence[Mapping[str, Tensor]] | Mapping[str, Tensor] | None = None,
+        *,
+        latents: Tensor | None = None,
+        frozen_states: Tensor | None = None,
+        num_frozen_layers: int = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DiTObjectDetectionOutput:
         r"""
@@ -244,9 +319,21 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
             pixel_mask (`torch.Tensor` of shape `(B, H, W)`, *optional*): 1 for pixels of the image, 0 for padding.
             labels (`list[dict]`, *optional*): Per image `class_labels` `(M,)` and `boxes` `(M, 4)`, cxcywh in [0, 1]
                 relative to the image without padding; optionally `iscrowd` `(M,)`, and `size` `(2,)`, the image's
-                (height, width) on the canvas, which counts where there is no `pixel_mask`.
+                (height, width) on the canvas, which counts where there is no `pixel_mask`. Or the rectangles that
+                [`pad_labels`] makes of them: better for a compiled model, which then does not see M change.
+            latents, frozen_states, num_frozen_layers: In the place of `pixel_values`, what
+                [`DiTDetectionModel.encode_frozen`] made of them: the frozen part then costs nothing.
         """
-        features: DiTDetectionModelOutput = self.model(pixel_values, return_dict=True, **kwargs)
+        if labels is not None and not isinstance(labels, Mapping):
+            labels = pad_labels(labels, self.config.num_labels)
+        features: DiTDetectionModelOutput = self.model(
+            pixel_values,
+            latents=latents,
+            frozen_states=frozen_states,
+            num_frozen_layers=num_frozen_layers,
+            return_dict=True,
+            **kwargs,
+        )
         feature_maps = self.neck(features.feature_maps.unbind(1))  # type: ignore[union-attr]
         logits, deltas = self.head(feature_maps)  # (B, A, num_labels), (B, A, 4)
 
@@ -254,23 +341,30 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
         anchors = make_anchors(
             shapes, self.config.strides, self.config.anchor_sizes, self.config.aspect_ratios, logits.device
         )  # (A, 4)
-        sizes = _image_sizes(pixel_values, pixel_mask, labels)  # (B, 2)
+        if pixel_values is None:  # made of a canvas that was padded to a whole number of tokens
+            token_grid = features.feature_maps.shape[-2:]  # type: ignore[union-attr]
+            canvas = [side * self.config.token_stride for side in token_grid]
+        else:
+            canvas = list(pixel_values.shape[-2:])
+        sizes = _image_sizes(canvas, logits, pixel_mask, labels)  # (B, 2)
         centers = (anchors[:, :2] + anchors[:, 2:]) / 2
         valid = (centers < sizes.flip(1)[:, None]).all(dim=2)  # (B, A)
 
         losses = None
         if labels is not None:
             level_sizes = [height * width * self.config.num_anchors_per_cell for height, width in shapes]
-            targets = [_as_target(image_labels, size) for image_labels, size in zip(labels, sizes, strict=True)]
-            losses = self.detection_loss(logits, deltas, anchors, level_sizes, valid, targets)
+            losses = self.detection_loss(logits, deltas, anchors, level_sizes, valid, make_targets(labels, sizes))
 
         # Anchors in the padding never score.
-        logits = logits.masked_fill(~valid[:, :, None], torch.finfo(logits.dtype).min)
-        if not self.training and logits.shape[1] > self.config.max_candidates:
-            best = logits.amax(dim=2).topk(self.config.max_candidates).indices[:, :, None]  # (B, K, 1)
-            logits = logits.gather(1, best.expand(-1, -1, logits.shape[2]))
-            deltas = deltas.gather(1, best.expand(-1, -1, 4))
-            anchors = anchors[best.squeeze(2)]
+        lowest = torch.finfo(logits.dtype).min
+        if not self.training:
+            scores = logits.amax(dim=2).masked_fill(~valid, lowest)
+            # Best first, however few there are: a branch on their number would fix the sizes of an exported graph.
+            best = scores.topk(torch.sym_min(logits.shape[1], self.config.max_candidates)).indices  # (B, K)
+            logits = logits.gather(1, best[:, :, None].expand(-1, -1, logits.shape[2]))
+            deltas = deltas.gather(1, best[:, :, None].expand(-1, -1, 4))
+            anchors, valid = anchors[best], valid.gather(1, best)
+        logits = logits.masked_fill(~valid[:, :, None], lowest)
         boxes = self.box_coder.decode(deltas.float(), anchors)  # (B, K, 4), input pixels
 
         loss_dict = loss_per_image = None
@@ -292,26 +386,15 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
         )
 
 
-def _image_sizes(pixel_values: Tensor, pixel_mask: Tensor | None, labels: list[dict[str, Tensor]] | None) -> Tensor:
-    """`(B, 2)` float32: (height, width) of each image on its canvas, without the padding."""
+def _image_sizes(
+    canvas: Sequence[int], like: Tensor, pixel_mask: Tensor | None, labels: Mapping[str, Tensor] | None
+) -> Tensor:
+    """`(B, 2)` float32 on the device of `like`: (height, width) of each image on its canvas, without the padding."""
     if pixel_mask is not None:
         mask = pixel_mask.bool()
         sizes = torch.stack([mask.any(dim=2).sum(dim=1), mask.any(dim=1).sum(dim=1)], dim=1)
-        return sizes.clamp(min=1).to(pixel_values.device, torch.float32)
-    if labels and all("size" in image_labels for image_labels in labels):
-        sizes = torch.stack([torch.as_tensor(image_labels["size"]) for image_labels in labels])
-        return sizes.to(pixel_values.device, torch.float32)
-    height, width = pixel_values.shape[-2:]
-    sizes = torch.tensor([[height, width]], dtype=torch.float32, device=pixel_values.device)
-    return sizes.expand(pixel_values.shape[0], 2)  # not `len`: it would fix the batch size of an exported graph
-
-
-def _as_target(image_labels: dict[str, Tensor], size: Tensor) -> dict[str, Tensor]:
-    """One image's labels as [`DetectionLoss`] wants them: boxes xyxy in input pixels, `iscrowd` always there."""
-    boxes = scale_boxes(image_labels["boxes"].to(size.device, torch.float32).reshape(-1, 4), size)
-    # A side of 0 has no logarithm. The image processor refuses such boxes; labels made by hand stay finite.
-    boxes = torch.cat([boxes[:, :2], boxes[:, 2:].clamp(min=0.01)], dim=1)
-    class_labels = image_labels["class_labels"].to(size.device, torch.int64)
-    iscrowd = image_labels.get("iscrowd")
-    iscrowd = torch.zeros_like(class_labels) if iscrowd is None else iscrowd.to(size.device)
-    return {"boxes": box_cxcywh_to_xyxy(boxes), "class_labels": class_labels, "iscrowd": iscrowd.bool()}
+        return sizes.clamp(min=1).to(like.device, torch.float32)
+    if labels is not None and "size" in labels:
+        return labels["size"].to(like.device, torch.float32)
+    sizes = torch.tensor([list(canvas)], dtype=torch.float32, device=like.device)
+    return sizes.expand(like.shape[0], 2)  # not `len`: it would fix the batch size of an exported graph

@@ -1,0 +1,220 @@
+"""Annotated images → what is in them, what is wrong with them, and whether training would start."""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from transformers import AutoConfig
+
+from ..anchor_fit import AnchorSetting, best_anchor_ious, coverage, fit_anchors, is_better
+from ..data.findings import Finding, FindingLog
+from ..data.image_scan import scan_images
+from ..data.inspection import inspect_boxes, inspect_classes, inspect_duplicates, inspect_images
+from ..data.problems import ProblemLog
+from ..data.reader import Format, read_detection_dataset
+from ..data.row_format import class_names_of
+from ..data.statistics import SplitTable, describe_split, read_table
+from ..model.configuration_dit_detection import DiTDetectionConfig
+from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
+from ..small_dit import DETECTORS
+from .check_report import draw_findings, print_report
+from .train_options import read_json_option
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the job; returns what `--json` writes. Exits with 1 if training would not start."""
+    parser = _make_parser()
+    args = parser.parse_args(argv)
+    for option in ("json", "pictures", "fit_anchors"):
+        path = getattr(args, option)
+        if path is not None and not Path(path).parent.is_dir():
+            parser.error(f"--{option} {path}: there is no folder {Path(path).parent}.")
+    try:
+        settings, canvas = _read_settings(args)
+        problems = ProblemLog(args.on_invalid)
+        dataset = read_detection_dataset(
+            args.dataset,
+            problems,
+            format=args.format,
+            class_names=args.class_names,
+            validation_fraction=args.validation_fraction,
+            test_fraction=args.test_fraction,
+            group_by=args.group_by,
+            seed=args.seed,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+
+    report: dict[str, Any] = {"dataset": args.dataset, "canvas": list(canvas)}
+    log = FindingLog()
+    log.add_problems(problems)
+    tables = {}
+    if dataset is not None:
+        tables = {split: read_table(split, rows, canvas) for split, rows in dataset.items()}
+        report |= _inspect(tables, class_names_of(dataset), log, decode=not args.fast)
+        report |= _measure_anchors(tables, settings, args)
+    findings = log.sorted()
+    report["findings"] = [_to_json(finding) for finding in findings]
+    report["training_would_start"] = not any(finding.severity == "error" for finding in findings)
+    print_report(report)
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+        print(f"Everything as JSON: {args.json}")
+    if args.pictures:
+        picture = draw_findings(findings, tables)
+        if picture is None:
+            print(f"Nothing to draw: {args.pictures} is not written.")
+        else:
+            picture.save(args.pictures, quality=90)
+            print(f"The worst cases: {args.pictures}")
+    if not report["training_would_start"]:
+        sys.exit(1)
+    return report
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dit-detect check", description=__doc__, epilog="Exit code: 0 if training would start, 1 if not."
+    )
+    parser.add_argument("dataset", help="annotated images, in any form that `dit-detect train` reads")
+    parser.add_argument(
+        "--fast", action="store_true", help="do not decode the images: files that break off stay hidden"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write everything there, as JSON")
+    parser.add_argument("--pictures", metavar="FILE", help="draw the worst cases there, .jpg or .png")
+    parser.add_argument(
+        "--fit_anchors",
+        metavar="FILE",
+        help="look for anchors that cover the training objects better, and write them there for "
+        "`dit-detect train --config_overrides FILE`",
+    )
+    group = parser.add_argument_group("as they will be given to `dit-detect train`")
+    group.add_argument("--format", choices=get_args(Format), help="of the annotations; default: what the folder shows")
+    group.add_argument("--class_names", nargs="+", help="names of the classes, where the annotations have none")
+    group.add_argument("--on_invalid", default="error", choices=["error", "drop", "clip"], help="broken annotations")
+    group.add_argument(
+        "--validation_fraction", type=float, default=0.15, help="of train, where there is no validation"
+    )
+    group.add_argument("--test_fraction", type=float, help="of train, where there is no test; default: none")
+    group.add_argument("--group_by", help="column whose groups (patients, scenes) no split may cut")
+    group.add_argument("--seed", type=int, default=42, help="of the images that are set aside")
+    group.add_argument("--image_size", nargs="+", type=int, help="canvas in pixels: a side, or height and width")
+    group.add_argument("--model", help="a DiT, or a detector of this library, whose anchors and canvas are then used")
+    group.add_argument("--random_dit", choices=sorted(DETECTORS), help="size of the random DiT")
+    group.add_argument("--config_overrides", default="{}", help="of DiTDetectionConfig: JSON, or a JSON file")
+    return parser
+
+
+def _read_settings(args: argparse.Namespace) -> tuple[dict[str, AnchorSetting], tuple[int, int]]:
+    """
+    The anchors and the canvas that training with these options would have.
+
+    Without an option that chooses anchors, every default of the library: that of training without a model comes first.
+    """
+    overrides = read_json_option("config_overrides", args.config_overrides)
+    sizes = args.image_size or [512]
+    if len(sizes) > 2 or min(sizes) < 1:
+        raise ValueError(f"--image_size {sizes}: give a side, or height and width, in pixels.")
+    canvas = sizes[0], sizes[-1]
+    if args.model is not None:
+        try:
+            config = AutoConfig.from_pretrained(args.model)
+        except (OSError, ValueError, KeyError):  # a diffusers checkpoint: its config is not one of transformers
+            return {f"{args.model}, a DiT": _setting(overrides)}, canvas
+        if config.model_type == DiTDetectionConfig.model_type:
+            # Training goes on with the detector's own canvas, whatever --image_size says.
+            size = DiTDetectionImageProcessor.from_pretrained(args.model).size
+            canvas = size["max_height"], size["max_width"]
+            return {args.model: _setting(config.to_dict() | overrides)}, canvas
+        raise ValueError(f"--model {args.model} is a {config.model_type}, neither a DiT of diffusers nor a detector.")
+    random_dit = args.random_dit or "small"
+    settings = {f"random DiT, {random_dit}": _setting(DETECTORS[random_dit] | overrides)}
+    if args.random_dit is None and not overrides:
+        others = [name for name in DETECTORS if name != random_dit]
+        settings |= {f"random DiT, {name}": _setting(DETECTORS[name]) for name in others}
+        settings["a DiT (--model)"] = _setting({})
+    return settings, canvas
+
+
+def _setting(fields: dict[str, Any]) -> AnchorSetting:
+    # Only what the anchors follow from: the rest may need a DiT that is not there. The patch is as large as the finest
+    # stride, or a configuration of coarse feature maps alone would be refused.
+    fields = {name: fields[name] for name in ("strides", "anchor_sizes", "aspect_ratios") if name in fields}
+    return AnchorSetting.from_config(DiTDetectionConfig(**fields, patch_size=max(16, *fields.get("strides", [16]))))
+
+
+def _inspect(tables: dict[str, SplitTable], class_names: list[str], log: FindingLog, decode: bool) -> dict[str, Any]:
+    splits = {}
+    for split, table in tables.items():
+        facts = scan_images(table.dataset, decode)
+        splits[split] = describe_split(table, class_names, facts)
+        inspect_images(table, class_names, facts, log)
+        inspect_boxes(table, class_names, log)
+    inspect_classes(tables, class_names, log)
+    inspect_duplicates(tables, log)
+    return {"class_names": class_names, "splits": splits}
+
+
+def _measure_anchors(
+    tables: dict[str, SplitTable], settings: dict[str, AnchorSetting], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Coverage by each setting, split and COCO size; and, if asked for, that by fitted anchors, which are written."""
+    report: dict[str, Any] = {"anchors": {name: _coverages(tables, setting) for name, setting in settings.items()}}
+    if args.fit_anchors is None or "train" not in tables or not len(tables["train"].rows):
+        return report
+    name, setting = next(iter(settings.items()))
+    boxes, sizes, _ = _countable(tables["train"])
+    fitted = fit_anchors(boxes, sizes, setting)
+    old, new = report["anchors"][name], _coverages(tables, fitted)
+    # What they were not fitted to decides, too: a few odd objects must not.
+    suggested = is_better(old["train"]["all"], new["train"]["all"])
+    if "validation" in tables:
+        suggested &= new["validation"]["all"]["covered"] >= old["validation"]["all"]["covered"]
+    overrides = (fitted if suggested else setting).to_overrides()
+    Path(args.fit_anchors).write_text(json.dumps(overrides, indent=1), encoding="utf-8")
+    command = ["dit-detect", "train", "--dataset", args.dataset]
+    for option in ("model", "random_dit"):
+        command += [f"--{option}", getattr(args, option)] if getattr(args, option) else []
+    # They fit the canvas they were fitted on.
+    command += ["--image_size", *map(str, args.image_size)] if args.image_size else []
+    report["fitted_anchors"] = {
+        "instead_of": name,
+        "suggested": suggested,
+        "config_overrides": overrides,
+        "coverage": new,
+        "file": args.fit_anchors,
+        "command": shlex.join([*command, "--config_overrides", args.fit_anchors]),
+    }
+    return report
+
+
+def _coverages(tables: dict[str, SplitTable], setting: AnchorSetting) -> dict[str, dict[str, dict[str, float]]]:
+    result = {}
+    for split, table in tables.items():
+        boxes, sizes, size_classes = _countable(table)
+        ious, _ = best_anchor_ious(boxes, sizes, setting)
+        result[split] = {"all": coverage(ious)} | {name: coverage(ious[mask]) for name, mask in size_classes.items()}
+    return result
+
+
+def _countable(table: SplitTable) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Boxes on the canvas, sizes of their images and COCO's size classes, without the crowd regions."""
+    counts = table.iscrowd == 0
+    size_classes = {name: torch.from_numpy(mask[counts]) for name, mask in table.size_classes.items()}
+    sizes = table.canvas_sizes[table.rows][counts]
+    return torch.from_numpy(table.canvas_boxes[counts]), torch.from_numpy(sizes), size_classes
+
+
+def _to_json(finding: Finding) -> dict[str, Any]:
+    """The finding as plain values; a coordinate that is not finite, which JSON does not know, becomes null."""
+    fields = asdict(finding)
+    for example in fields["examples"]:
+        example["boxes"] = [[v if math.isfinite(v) else None for v in box] for box in example["boxes"]]
+    return fields

@@ -1,0 +1,87 @@
+"""What a training run would take, before it starts."""
+
+from typing import Any
+
+import torch
+from datasets import DatasetDict
+
+from ..cost import measure_flops_per_second, training_cost
+from ..frozen_cache import canvas_of
+from ..model.modeling_dit_detection import DiTForObjectDetection
+from ..trainer import DetectionTrainingArguments
+
+# Of what matrix products reach, a detector's step reaches about this share: the rest goes into norms, activations and
+# small feature maps. Measured: `scripts/benchmark.py --only cost`.
+EFFICIENCY = 0.5
+
+
+def describe_cost(
+    model: DiTForObjectDetection,
+    image_processor: Any,
+    dataset: DatasetDict,
+    args: DetectionTrainingArguments,
+    num_views: int,
+) -> str:
+    """
+    A table of parameters, operations, memory, steps, disk and time of the run that `args` describe.
+
+    Times assume half the speed of matrix products on this device, measured on the spot; they tell minutes from days.
+    """
+    num_frozen = model.model.backbone.num_frozen_layers()
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    cost = training_cost(
+        model.config,
+        canvas_of(image_processor),
+        freeze_layers=num_frozen or None,
+        batch_size=args.per_device_train_batch_size,
+        dtype=dtype,
+    )
+    num_train, num_validation = dataset["train"].num_rows, dataset["validation"].num_rows
+    images_per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    steps_per_epoch = -(-num_train // images_per_step)
+    epochs = args.num_train_epochs if args.max_steps < 0 else args.max_steps / steps_per_epoch
+    frozen = ["the latent encoder"] * (model.model.latent_encoder is not None)
+    frozen += [f"the patch embedding and {num_frozen} of {model.config.num_hidden_layers} blocks"] * (num_frozen > 0)
+
+    speed = EFFICIENCY * measure_flops_per_second(args.device, dtype) * args.world_size
+    # Validation runs forward only, which is a third of forward and backward.
+    trained_flops = epochs * cost.trained_flops * (num_train + num_validation / 3)
+    uncached = trained_flops + epochs * cost.frozen_flops * (num_train + num_validation)
+    num_cached = num_train * num_views + num_validation
+    lines = [
+        ("images", f"{num_train} to train on, {num_validation} for validation"),
+        ("parameters", f"{cost.num_parameters / 1e6:.1f} M, {cost.num_trained / 1e6:.1f} M of them trained"),
+        ("frozen", " and ".join(frozen) or "nothing"),
+        (
+            "per image",
+            f"{cost.frozen_flops / 1e9:.1f} GFLOP in the frozen part, {cost.trained_flops / 1e9:.1f} GFLOP in the "
+            "rest, forward and backward",
+        ),
+        ("memory", f"about {_size(cost.memory_bytes)} for a step of {args.train_batch_size} images per device"),
+        ("steps", f"{steps_per_epoch} per epoch, {round(steps_per_epoch * epochs)} in all"),
+        ("speed", f"{speed / 1e9:.0f} GFLOP/s: {EFFICIENCY:.0%} of what matrix products reach here just now"),
+        ("time", f"about {_duration(uncached / speed)}"),
+    ]
+    if cost.cache_bytes:
+        cached = trained_flops + cost.frozen_flops * num_cached
+        lines.append(
+            (
+                "--cache_frozen",
+                f"{_size(cost.cache_bytes * num_cached)} of disk ({num_views} views per training image), "
+                f"{_size(cost.cached_memory_bytes)} of memory for a step, about {_duration(cached / speed)} in all",
+            )
+        )
+    table = "\n".join(f"  {name:<15}{text}" for name, text in lines)
+    return f"What this run would take (nothing was trained):\n{table}"
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e6:.0f} MB" if num_bytes < 1e9 else f"{num_bytes / 1e9:.1f} GB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"

@@ -1,0 +1,196 @@
+"""The options of `dit-detect train`."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import HfArgumentParser
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..trainer import DetectionTrainingArguments
+
+# What the embedded job trains with: it must be done in 4 minutes on 2 cores.
+EMBEDDED_JOB = {
+    "random_dit": "tiny",
+    "image_size": [128],
+    "num_train_epochs": 4,
+    "learning_rate": 2e-3,
+    "augmentation": '{"scale_probability": 0.0}',
+}
+# Random weights learn faster and have no pretrained depth to protect.
+RANDOM_WEIGHTS = {"learning_rate": 1e-3, "layer_decay": 1.0}
+
+
+# Views of each image that --cache_frozen keeps: a wider choice than plain flips, at 4 times the disk.
+VIEWS_IN_CACHE = 4
+
+
+@dataclass
+class ModelArguments:
+    """Which DiT, and how it is turned into a detector."""
+
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "DiT of diffusers: Hub id or folder of a pipeline (facebook/DiT-XL-2-256) or bare transformer; or "
+            "a detector of this library to go on from. Default: a small DiT on pixels with random weights."
+        },
+    )
+    random_dit: Literal["tiny", "small"] = field(
+        default="small",
+        metadata={"help": "Without --model: size of the random DiT; with its detector 1.2 M or 3.6 M parameters."},
+    )
+    vae: str = field(
+        default="auto",
+        metadata={"help": "Hub id or folder of the autoencoder; 'auto': the pipeline's own; 'none': a DiT on pixels."},
+    )
+    timestep: int = field(default=50, metadata={"help": "Diffusion timestep whose features are used, 0 to 999."})
+    condition: int | None = field(default=None, metadata={"help": "Class the DiT is conditioned on. Default: none."})
+    image_size: list[int] = field(
+        default_factory=lambda: [512],
+        metadata={"help": "Canvas that every image is fitted into, in pixels: a side, or height and width."},
+    )
+    freeze_layers: int | None = field(
+        default=None, metadata={"help": "Freeze the patch embedding and this many blocks, from the first; -1: all."}
+    )
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "sdpa, eager, flash_attention_2, … Default on a CPU with bf16: eager."}
+    )
+    config_overrides: str = field(
+        default="{}",
+        metadata={
+            "help": "More of DiTDetectionConfig, as JSON or the path of a JSON file: "
+            '\'{"matcher": "max_iou", "box_loss": "smooth_l1"}\'; what `dit-detect check --fit_anchors` writes.'
+        },
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Load data and model, tell parameters, FLOPs, memory, disk and time, and train nothing."},
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which images, and what to do about broken annotations."""
+
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of images with COCO JSON, Pascal VOC, YOLO or imagefolder annotations, or a folder or Hub "
+            "id of a data set with an `objects` column. Default: shapes that the library draws itself."
+        },
+    )
+    on_invalid: Literal["error", "drop", "clip"] = field(
+        default="error",
+        metadata={
+            "help": "Broken rows: stop, 'drop' them, or 'clip' boxes to the image.",
+            "choices": ["error", "drop", "clip"],
+        },
+    )
+    format: Literal["coco", "voc", "yolo", "imagefolder", "datasets"] | None = field(
+        default=None, metadata={"help": "Of the annotations, where the folder does not tell."}
+    )
+    class_names: list[str] | None = field(
+        default=None, metadata={"help": "All classes, in the order of their labels. Default: as the data have them."}
+    )
+    validation_fraction: float = field(
+        default=0.15, metadata={"help": "Share of the training images to validate on, where there is no such split."}
+    )
+    test_fraction: float | None = field(
+        default=None, metadata={"help": "Share of the training images to test on, where there is no such split."}
+    )
+    group_by: str | None = field(
+        default=None,
+        metadata={"help": "Column, or field of COCO's images, whose groups (patients, scenes) no split may cut."},
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read and check rows as they pass, for data that do not fit the disk; needs --max_steps."},
+    )
+    class_weights: Literal["balanced"] | None = field(
+        default=None, metadata={"help": "'balanced': rare classes weigh more in the class loss."}
+    )
+    augmentation: str = field(
+        default="{}",
+        metadata={
+            "help": "Of DetectionAugmentation, as JSON or the path of a JSON file: '{\"vertical_flip\": 0.5}'; or "
+            "'none': images as they are."
+        },
+    )
+    num_views: int | None = field(
+        default=None,
+        metadata={
+            "help": "Augmented views of each image, shown in turn. Default: a new one in every epoch; "
+            f"{VIEWS_IN_CACHE} with --cache_frozen."
+        },
+    )
+
+
+def parse_options(argv: list[str]) -> tuple[ModelArguments, DataArguments, DetectionTrainingArguments]:
+    """What the command line says, with defaults for this machine and for the embedded job."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, DetectionTrainingArguments), prog="dit-detect train")
+    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    parser.set_defaults(
+        output_dir="outputs",
+        use_cpu=on_cpu,
+        bf16=_computes_bf16(on_cpu),
+        per_device_train_batch_size=8,
+        # torch's fused attention on CPUs has no bf16 kernels: at 400 tokens plain matrix products take half the time.
+        attn_implementation="eager" if on_cpu and _computes_bf16(on_cpu) else "sdpa",
+        # On a CPU the workers would take the cores from the model.
+        dataloader_num_workers=0 if on_cpu else 4,
+    )
+    if not _names(argv, "--model"):
+        parser.set_defaults(**RANDOM_WEIGHTS)
+    if not _names(argv, "--dataset"):
+        parser.set_defaults(**EMBEDDED_JOB)
+    model_args, data_args, args = parser.parse_args_into_dataclasses(args=argv)
+    if data_args.streaming:
+        if args.max_steps <= 0:
+            parser.error("--streaming: nobody knows how long a stream is; set --max_steps.")
+        needs_all = {
+            "cache_frozen": args.cache_frozen,
+            "class_weights": data_args.class_weights,
+            "dry_run": model_args.dry_run,
+            "num_views": data_args.num_views,
+        }
+        for name in (name for name, value in needs_all.items() if value):
+            parser.error(f"--{name} needs to see all images beforehand, and --streaming does not.")
+    if data_args.augmentation == "none":
+        data_args.num_views = 1
+    elif data_args.num_views is None and args.cache_frozen:
+        data_args.num_views = VIEWS_IN_CACHE
+    if args.resume_from_checkpoint == "last":
+        args.resume_from_checkpoint = get_last_checkpoint(args.output_dir)
+    return model_args, data_args, args
+
+
+def read_json_option(name: str, text: str) -> dict[str, Any]:
+    """
+    The object that an option gives, as JSON or as the path of a JSON file.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    path = Path(text)
+    source = path.read_text(encoding="utf-8") if not text.lstrip().startswith("{") and path.is_file() else text
+    try:
+        value = json.loads(source)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--{name} {text!r} is neither a file here nor JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"--{name} {text!r} must be an object: {{...}}.")
+    return value
+
+
+def _names(argv: list[str], option: str) -> bool:
+    return any(argument == option or argument.startswith(f"{option}=") for argument in argv)
+
+
+def _computes_bf16(on_cpu: bool) -> bool:
+    """Whether bf16 is faster here: a CPU without matrix units for it computes it slower than float32."""
+    if on_cpu:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()

@@ -1,0 +1,212 @@
+"""The files of a data set folder: texts, images by name, and which of them may be read."""
+
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TypeGuard
+
+from .annotations import Annotations
+from .problems import InvalidDatasetError, ProblemLog
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".jfif", ".pgm", ".ppm", ".tif", ".tiff", ".webp"}
+UPLOAD_PREFIX = re.compile(r"^[0-9a-f]{8}-")  # Label Studio puts one before the name of each uploaded file
+
+
+def is_image(file: Path) -> bool:
+    """Whether a name is one of an image; upper case as cameras write it, too."""
+    return file.suffix.lower() in IMAGE_SUFFIXES
+
+
+def is_name(value: object) -> TypeGuard[str]:
+    """Whether a value of an annotation can be the name of a file or a class."""
+    # json reads half a surrogate pair, which no file system and no Arrow column takes.
+    return isinstance(value, str) and bool(value) and "\0" not in value and not re.search("[\ud800-\udfff]", value)
+
+
+def leads_outside(name: str) -> bool:
+    """Whether a file name is absolute, or leaves its folder at any point."""
+    file = PurePosixPath(name.replace("\\", "/"))
+    depth = 0
+    for part in file.parts:
+        depth += -1 if part == ".." else 1
+        if depth < 0:
+            return True
+    return file.is_absolute() or bool(PureWindowsPath(name).drive)
+
+
+def read_text(file: Path) -> str:
+    """
+    The text of a file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        InvalidDatasetError: It cannot be read, or is in another encoding.
+    """
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidDatasetError(f"{file} is not UTF-8 text ({error}): save it as UTF-8.") from error
+    except OSError as error:
+        raise InvalidDatasetError(f"{file} cannot be read: {error.strerror}.") from error
+
+
+def read_class_list(folder: Path, names: Iterable[str] = ("classes.txt", "labels.txt", "labelmap.txt")) -> list[str]:
+    """
+    The classes of the first of these files that a folder has, one a line; empty if it has none.
+
+    CVAT's `labelmap.txt` starts with a comment, has `name:color:parts:actions` in each line and a class "background".
+    """
+    for file in (folder / name for name in names):
+        if file.is_file():
+            lines = [line.strip() for line in read_text(file).splitlines()]
+            lines = [line for line in lines if line and not line.startswith("#")]
+            if file.name == "labelmap.txt":
+                lines = [line.partition(":")[0] for line in lines]
+                lines = [line for line in lines if line != "background"]
+            check_class_names(lines, str(file))
+            return lines
+    return []
+
+
+def check_class_names(names: Iterable[object], source: str) -> None:
+    """
+    Refuse a list of classes that does not tell them apart.
+
+    Raises:
+        InvalidDatasetError: A name is no text, is empty, or stands there twice.
+    """
+    seen: set[object] = set()
+    for name in names:
+        # Not its value: YAML's aliases can make a list that is endless when written out.
+        if not is_name(name):
+            shown = f"{name!r:.80}" if isinstance(name, str) else f"of type {type(name).__name__}"
+            raise InvalidDatasetError(f"{source}: class {shown} is no name. Write text, in quotation marks.")
+        if name in seen:
+            raise InvalidDatasetError(f"{source}: class {name!r:.80} is there twice. Give each a name of its own.")
+        seen.add(name)
+
+
+class ImageFinder:
+    """
+    Finds images by name in some folders, listing each folder once.
+
+    Args:
+        folders (`Iterable[Path]`): Where to look, likeliest first.
+    """
+
+    def __init__(self, folders: Iterable[Path]) -> None:
+        self.folders = list(dict.fromkeys(folders))
+        self._listings: dict[Path, dict[str, list[str]]] = {}
+
+    def find(self, name: str) -> Path | None:
+        """The file of this name; else the only one that differs from it in case, accents' encoding or a prefix."""
+        if leads_outside(name) or not is_name(name):
+            return None
+        relative = name.replace("\\", "/")
+        exact = (folder / relative for folder in self.folders if os.path.isfile(folder / relative))
+        alike = (self.find_alike(folder / relative) for folder in self.folders)
+        return next(exact, None) or next((file for file in alike if file is not None), None)
+
+    def find_stem(self, stem: str) -> list[Path]:
+        """The images of this name without suffix, in the first folder that has any."""
+        if leads_outside(stem) or not is_name(stem):
+            return []
+        for path in (folder / stem for folder in self.folders):
+            names = self._listing(path.parent).get(f"{_alike(path.name)}.*", [])
+            exact = [name for name in names if Path(name).stem == path.name]
+            if names:
+                return [path.parent / name for name in exact or names]
+        return []
+
+    def find_alike(self, path: Path) -> Path | None:
+        """The only file in the same folder that differs in case, in the encoding of accents or in a prefix."""
+        listing = self._listing(path.parent)
+        for name in (path.name, UPLOAD_PREFIX.sub("", path.name)):
+            found = listing.get(_alike(name), [])
+            if len(found) == 1:
+                return path.parent / found[0]
+        return None
+
+    def _listing(self, folder: Path) -> dict[str, list[str]]:
+        """Names in a folder by how they read; images also as "stem.*"."""
+        if folder not in self._listings:
+            listing: dict[str, list[str]] = {}
+            try:
+                names = sorted(os.listdir(folder))
+            except (OSError, ValueError):
+                names = []
+            for name in names:
+                listing.setdefault(_alike(name), []).append(name)
+                if is_image(Path(name)):
+                    listing.setdefault(f"{_alike(Path(name).stem)}.*", []).append(name)
+            self._listings[folder] = listing
+        return self._listings[folder]
+
+
+def _alike(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def settle_image_paths(annotations: Annotations, root: Path) -> None:
+    """
+    Take the file that is meant where a name differs in case or in how accents are encoded, and mind symbolic links.
+
+    An image that is a link must end within the data set, within its own folder, or in the cache of the Hub, where
+    every file of a snapshot is a link. A folder that is a link is followed: large images are often kept elsewhere.
+
+    Args:
+        annotations (`Annotations`): Its image paths may be replaced; images that lead outside are marked in it.
+        root (`Path`): The folder of the data set.
+    """
+    paths = list(annotations.image_paths)
+    real_root = os.path.realpath(root)
+    allowed: dict[str, list[str]] = {}  # by folder of images, the places where its links may end
+    finder = ImageFinder([])
+    for row, path in enumerate(paths):
+        folder = os.path.dirname(path)
+        if folder not in allowed:
+            allowed[folder] = [real_root, os.path.realpath(folder), *_hub_cache(real_root)]
+            if _is_within(folder, str(root)) and not _is_within(allowed[folder][1], real_root):
+                what = f"{folder} is in truth {allowed[folder][1]}"
+                annotations.problems.add("images outside the data set's folder", annotations.source, what)
+        if not annotations.keep_image[row]:
+            continue
+        try:
+            is_link = stat.S_ISLNK(os.lstat(path).st_mode)
+        except (OSError, ValueError):
+            found = finder.find_alike(Path(path))
+            if found is not None:
+                paths[row] = str(found)
+                annotations.report("file name differs from the annotation", f"{found} is taken", row)
+            continue
+        if is_link and not any(_is_within(os.path.realpath(path), place) for place in allowed[folder]):
+            annotations.drop_image(row, "link leads outside the data set", f"it is a link to {os.path.realpath(path)}")
+    annotations.image_paths = paths
+
+
+def report_unlisted_images(splits: Iterable[Annotations], problems: ProblemLog) -> None:
+    """Note the images that lie beside those of the annotations, in no split."""
+    listed: dict[str, set[str]] = {}
+    for annotations in splits:
+        for path in annotations.image_paths:
+            listed.setdefault(os.path.dirname(path), set()).add(os.path.basename(path))
+    for folder, names in listed.items():
+        try:
+            files = sorted(filter(lambda name: is_image(Path(name)), set(os.listdir(folder)) - names))
+        except OSError:
+            continue
+        for name in files:
+            path = os.path.join(folder, name)
+            problems.add("image without annotations", path, "no split names it", path)
+
+
+def _is_within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def _hub_cache(root: str) -> list[str]:
+    """`blobs` of `models--owner--name/snapshots/<revision>`, where huggingface_hub keeps the files themselves."""
+    snapshot = Path(root)
+    return [str(snapshot.parent.parent / "blobs")] if snapshot.parent.name == "snapshots" else []

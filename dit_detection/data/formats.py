@@ -1,0 +1,77 @@
+"""Which annotation format a folder holds, told by looking at it."""
+
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Literal, get_args
+
+from .hub import find_saved_dataset, is_saved_to_disk
+from .image_folder import find_image_folder
+from .layouts import list_json_files, looks_like_coco
+from .problems import InvalidDatasetError
+from .voc import find_voc
+from .yolo import find_yolo
+
+Format = Literal["coco", "voc", "yolo", "imagefolder", "datasets"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+FILE_FORMATS: dict[str, Format] = {
+    ".json": "coco",
+    ".yaml": "yolo",
+    ".yml": "yolo",
+    ".data": "yolo",
+    ".csv": "imagefolder",
+    ".jsonl": "imagefolder",
+}
+LOOKED_FOR = """\
+  coco         annotations_train.json, annotations/instances_train2017.json, train/_annotations.coco.json
+  voc          Annotations/*.xml, train/*.xml
+  yolo         data.yaml, obj.data, labels/*.txt, train/labels/*.txt, text files beside the images
+  imagefolder  metadata.jsonl, .csv or .parquet, a CSV of boxes with a header
+  datasets     parquet files with the column objects, folders of save_to_disk"""
+
+
+def find_format(source: Path) -> Format:
+    """
+    The annotation format of a file or folder.
+
+    Raises:
+        InvalidDatasetError: There is none, or more than one.
+    """
+    if source.is_file():
+        if source.suffix.lower() in FILE_FORMATS:
+            return FILE_FORMATS[source.suffix.lower()]
+        raise InvalidDatasetError(
+            f"{source} is no file of annotations: known are {', '.join(FILE_FORMATS)}. Name one, or the folder that "
+            "holds the data set; unpack archives first."
+        )
+    if is_saved_to_disk(source):
+        return "datasets"
+    signs: dict[Format, str | None] = {
+        "voc": find_voc(source),
+        "yolo": find_yolo(source),
+        "imagefolder": find_image_folder(source),
+        "datasets": find_saved_dataset(source),
+    }
+    found = {format: sign for format, sign in signs.items() if sign is not None}
+    json_files = list_json_files(source)
+    if (json_files and not found) or any(map(looks_like_coco, json_files)):
+        found["coco"] = str(json_files[0])
+    if len(found) == 1:
+        return next(iter(found))
+    if found:
+        names = ", ".join(f"{format} ({sign})" for format, sign in found.items())
+        raise InvalidDatasetError(
+            f"{source} holds several annotation formats: {names}. Say which one is meant with --format (format=)."
+        )
+    raise InvalidDatasetError(
+        f"{source} holds no annotations that are known. Looked for:\n{LOOKED_FOR}\n  Found: {_contents(source)}."
+    )
+
+
+def _contents(folder: Path) -> str:
+    files = list(islice((file for file in folder.rglob("*") if file.is_file()), 10_000))
+    suffixes = Counter(file.suffix.lower() or "(no suffix)" for file in files)
+    kinds = [f"{count} x {suffix}" for suffix, count in suffixes.most_common(6)]
+    folders = sorted(child.name for child in folder.iterdir() if child.is_dir())[:6]
+    return ", ".join([*kinds, *(f"{name}/" for name in folders)]) or "nothing"

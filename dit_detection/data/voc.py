@@ -1,0 +1,217 @@
+"""Pascal VOC: one XML per image, and lists of the images of each split."""
+
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from xml.etree.ElementTree import Element, ParseError
+
+from defusedxml import ElementTree
+from defusedxml.common import DefusedXmlException
+
+from .annotations import Annotations
+from .dataset_files import ImageFinder, is_name, leads_outside, read_class_list, read_text
+from .layouts import SPLIT_WORDS, SPLITS, split_folders, split_of
+from .problems import ProblemLog
+
+SIDES = ("xmin", "ymin", "xmax", "ymax")
+
+
+def find_voc(folder: Path) -> str | None:
+    """The first XML of a folder of VOC annotations, in one of the places where `read_voc` looks."""
+    return next((str(file) for place in _annotation_folders(folder) for file in sorted(place.glob("*.xml"))), None)
+
+
+def read_voc(
+    folder: Path, problems: ProblemLog, class_names: Sequence[str] | None = None, group_by: str | None = None
+) -> dict[str, Annotations]:
+    """
+    Read `Annotations/*.xml` with the lists of `ImageSets/Main`, or the XML files of the folders `train`, `valid` and
+    `test`, or those of one folder, which become "train".
+
+    Images lie in `JPEGImages` or `images`, here or one folder up, or beside the XML; the XML's own name goes before
+    its field "filename". Boxes are taken as (xmin, ymin) to (xmax, ymax), as labelImg, CVAT and Label Studio write
+    them; in PASCAL VOC's own files pixels count from 1, and the last one belongs to the box. Objects marked as
+    difficult are objects like all others. Images are numbered in the order of the list or of the names.
+
+    Args:
+        folder (`Path`): The data set.
+        problems (`ProblemLog`): Where everything invalid is reported.
+        class_names (`Sequence[str]`, *optional*): Ignored: the classes are those of `labelmap.txt`, `labels.txt` or
+            `classes.txt`, or else all that occur, sorted.
+        group_by (`str`, *optional*): Path of the XML element that names the image's group, as "source/database".
+
+    Source: the VOC2012 development kit, http://host.robots.ox.ac.uk/pascal/VOC/voc2012/devkit_doc.pdf
+    """
+    listed = read_class_list(folder)
+    labels = {name: label for label, name in enumerate(listed)}
+    splits = {
+        split: _read_split(f'{folder}, split "{split}"', files, labels, not listed, problems, group_by)
+        for split, files in _find_splits(folder, problems).items()
+    }
+    names = listed or sorted(labels)
+    new_labels = {labels[name]: label for label, name in enumerate(names)}
+    for annotations in splits.values():
+        annotations.class_names = names
+        annotations.labels = array("q", [new_labels[label] for label in annotations.labels])
+    return splits
+
+
+def _annotation_folders(folder: Path) -> Iterator[Path]:
+    for parent in (folder, *split_folders(folder)):
+        for place in (parent / "Annotations", parent / "annotations", parent):
+            if place.is_dir():
+                yield place
+                yield from split_folders(place) if place != parent else ()
+
+
+def _find_splits(folder: Path, problems: ProblemLog) -> dict[str, list[Path]]:
+    """The XML files of each split, in order."""
+    places = {place: sorted(place.glob("*.xml")) for place in _annotation_folders(folder)}
+    lists = _split_lists(folder)
+    if lists:
+        annotations = next((place for place in places if place.name.lower() == "annotations"), folder)
+        return _follow_lists(lists, annotations, problems)
+    files: dict[str, list[Path]] = {}
+    for place, found in places.items():
+        if found:
+            split = next((split_of(part) for part in place.relative_to(folder).parts if split_of(part)), "train")
+            files.setdefault(split or "train", []).extend(found)
+    return {split: files[split] for split in SPLITS if split in files}
+
+
+def _split_lists(folder: Path) -> dict[str, Path]:
+    """`train.txt`, `val.txt`, … of `ImageSets/Main`; the lists of single classes, as `cat_train.txt`, are none."""
+    lists = {file.stem.lower(): file for file in sorted((folder / "ImageSets" / "Main").glob("*.txt"))}
+    named = {SPLIT_WORDS[word]: file for word, file in lists.items() if word in SPLIT_WORDS}
+    whole = lists.get("trainval") or lists.get("default")  # of VOC, which train and val overlap; of CVAT
+    return named if "train" in named or whole is None else {"train": whole} | named
+
+
+def _follow_lists(lists: dict[str, Path], annotations: Path, problems: ProblemLog) -> dict[str, list[Path]]:
+    files: dict[str, list[Path]] = {}
+    for split in (split for split in SPLITS if split in lists):
+        files[split] = []
+        seen: set[Path] = set()
+        for number, line in enumerate(read_text(lists[split]).splitlines(), start=1):
+            name = line.strip().strip('"')
+            words = name.rsplit(maxsplit=1)
+            if len(words) == 2 and words[1] in ("-1", "0", "1") and not os.path.isfile(annotations / f"{name}.xml"):
+                name = words[0]
+            file = annotations / f"{name}.xml"
+            if not name or file in seen:
+                continue
+            seen.add(file)
+            if not leads_outside(name) and os.path.isfile(file):
+                files[split].append(file)
+            else:
+                what = f"names {name!r:.80}, but there is no file {file}"
+                problems.add("missing annotation file", f"{lists[split]}: line {number}", what)
+    listed = {file for paths in files.values() for file in paths}
+    for file in sorted(annotations.rglob("*.xml")):
+        if file not in listed:
+            problems.add("annotation file in no split", str(file), "no list in ImageSets/Main names it")
+    return files
+
+
+def _read_split(
+    source: str, files: list[Path], labels: dict[str, int], may_add: bool, problems: ProblemLog, group_by: str | None
+) -> Annotations:
+    """One split; classes that `labels` does not have are added to it in the order in which they occur, if they may."""
+    annotations = Annotations(source, problems)
+    paths: list[str] = []
+    annotations.image_paths = paths
+    finders: dict[Path, ImageFinder] = {}
+    for file in files:
+        root = _read_xml(file, problems)
+        if root is None:
+            continue
+        row = len(paths)
+        image = _find_image(file, root, finders)
+        paths.append(str(image or file.with_suffix(".jpg")))
+        if group_by is not None:
+            annotations.groups.append(root.findtext(group_by))
+        try:
+            width, height = _size(root)
+        except ValueError as error:
+            annotations.add_image(row, file.name, None, None)
+            annotations.drop_image(row, "unusable image entry", f'field "size" has {error}')
+            continue
+        annotations.add_image(row, file.name, width, height)
+        if image is None:
+            name = root.findtext("filename", "")
+            what = f'there is no image "{file.stem}" with a known suffix, and no file {name!r:.80} (field "filename")'
+            annotations.drop_image(row, "missing image file", what)
+        else:
+            _add_objects(annotations, row, root, labels, may_add)
+    return annotations
+
+
+def _read_xml(file: Path, problems: ProblemLog) -> Element | None:
+    try:
+        root = ElementTree.parse(file).getroot()
+    except DefusedXmlException as error:
+        what = f"declares entities, which attacks use and annotations do not need: {error}"
+    except (ParseError, OSError, ValueError, LookupError) as error:
+        what = f"cannot be read as XML: {error}"
+    else:
+        if root.tag == "annotation":
+            return root
+        what = f"has the root element <{root.tag:.40}>, not <annotation>"
+    problems.add("unusable annotation file", str(file), what)
+    return None
+
+
+def _find_image(file: Path, root: Element, finders: dict[Path, ImageFinder]) -> Path | None:
+    """The image of an XML's own name, or else the one of its fields "filename" or "path"."""
+    place = next((parent for parent in file.parents if parent.name.lower() == "annotations"), file.parent)
+    if place not in finders:
+        beside, above = place.parent, place.parent.parent
+        folders = [beside / "JPEGImages", beside / "images", beside, above / "JPEGImages", above / "images"]
+        finders[place] = ImageFinder([place, place / "images", *folders])
+    finder = finders[place]
+    fields = [root.findtext(field, "").strip().replace("\\", "/") for field in ("filename", "path")]
+    names = [name.rpartition("/")[2] for name in fields]
+    for stem in dict.fromkeys((str(file.relative_to(place).with_suffix("")), file.stem)):
+        found = finder.find_stem(stem)
+        if found:
+            return next((path for path in found if path.name in names), found[0])
+    return next((path for path in map(finder.find, filter(None, names)) if path is not None), None)
+
+
+def _size(root: Element) -> tuple[int | None, int | None]:
+    """Width and height; `None` where the file does not say, or says 0 as some tools do."""
+    sizes: list[int | None] = []
+    for field in ("width", "height"):
+        text = root.findtext(f"size/{field}", "").strip()
+        size = float(text or 0)
+        if not 0 <= size < 2**31 or size != int(size):
+            raise ValueError(f"{field} {text!r:.40}")
+        sizes.append(int(size) or None)
+    return sizes[0], sizes[1]
+
+
+def _add_objects(annotations: Annotations, row: int, root: Element, labels: dict[str, int], may_add: bool) -> None:
+    own_files = root.findtext("source/database", "").startswith("The VOC2")  # "The VOC2007 Database"
+    # <part> has a box of its own, but is nested in its object.
+    for object_id, element in enumerate(root.findall("object"), start=1):
+        name = element.findtext("name", "").strip()
+        texts = [element.findtext(f"bndbox/{side}", "").strip() for side in SIDES]
+        try:
+            xmin, ymin, xmax, ymax = map(float, texts)
+        except ValueError:
+            what = f'field "bndbox" of {name!r:.40} has {dict(zip(SIDES, texts, strict=True))!r:.120}'
+            annotations.report("unusable object", what, row, object_id)
+            continue
+        if own_files:
+            xmin, ymin = xmin - 1, ymin - 1
+        bbox = [xmin, ymin, xmax - xmin, ymax - ymin]
+        if may_add and is_name(name):
+            labels.setdefault(name, len(labels))
+        if name not in labels:
+            what = f'field "name" is {name!r:.80}; there are {", ".join(labels) or "none"}'
+            annotations.report("unknown category", f"{what:.200}", row, object_id, bbox)
+            continue
+        if element.findtext("difficult", "0").strip() == "1":
+            annotations.report("difficult object", f"{name!r:.40} is marked as difficult", row, object_id, bbox)
+        annotations.add_object(row, object_id, bbox, labels[name])

@@ -1,0 +1,138 @@
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from annotation_folders import OBJECTS, objects_of, write_text
+from coco_folder import write_images
+from PIL import Image as PILImage
+
+from dit_detection.data import class_names_of, load_detection_dataset
+
+ROWS = [
+    {"file_name": name, "objects": {"bbox": [box for _, box in found], "category": [label for label, _ in found]}}
+    for name, found in OBJECTS.items()
+]
+CORNERS = "file_name,xmin,ymin,xmax,ymax,label\n"
+BOX_LINES = ["b.png,1,2,11,10,dog", "a.png,0.5,0,4.5,30,cat", "b.png,30,20,40,30,cat"]
+
+
+def write_metadata(folder: Path, suffix: str) -> None:
+    if suffix == ".jsonl":
+        write_text(folder / "metadata.jsonl", "\n".join(map(json.dumps, ROWS)))
+    elif suffix == ".parquet":
+        folder.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(ROWS), folder / "metadata.parquet")
+    else:
+        lines = ['"{}","{}"'.format(row["file_name"], json.dumps(row["objects"]).replace('"', '""')) for row in ROWS]
+        write_text(folder / "metadata.csv", "\n".join(["file_name,objects", *lines]))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
+@pytest.mark.parametrize(("folder", "split"), [(".", "train"), ("validation", "validation"), ("test", "test")])
+def test_metadata(tmp_path: Path, folder: str, split: str, suffix: str) -> None:
+    write_images(tmp_path / folder)
+    write_metadata(tmp_path / folder, suffix)
+    dataset = load_detection_dataset(tmp_path)
+    assert list(dataset) == [split]
+    assert objects_of(dataset[split]) == OBJECTS
+    assert class_names_of(dataset) == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    "objects",
+    [
+        [{"bbox": [1, 2, 3, 4], "category": "cat", "area": 5.5, "iscrowd": 1}],
+        [{"bbox": [1, 2, 3, 4], "label": "cat", "area": 5.5, "iscrowd": 1}],
+        {"bbox": [[1, 2, 3, 4]], "categories": ["cat"], "area": [5.5], "iscrowd": [1]},
+    ],
+)
+def test_objects_as_lists_or_as_a_list(tmp_path: Path, objects: object) -> None:
+    write_images(tmp_path, ("a.png",))
+    write_text(tmp_path / "metadata.jsonl", json.dumps({"file_name": "a.png", "objects": objects}))
+    train = load_detection_dataset(tmp_path)["train"]
+    assert train[0]["objects"] == {"id": [0], "bbox": [[1, 2, 3, 4]], "category": [0], "area": [5.5], "iscrowd": [1]}
+
+
+@pytest.mark.parametrize(
+    ("header", "lines"),
+    [
+        (CORNERS, BOX_LINES),
+        ("filename,width,height,class,xmin,ymin,xmax,ymax\n",  # TensorFlow's, of Roboflow and others
+         ["a.png,40,30,cat,0.5,0,4.5,30", "b.png,40,30,dog,1,2,11,10", "b.png,40,30,cat,30,20,40,30"]),
+        ("label;image;x;y;width;height;image_width;image_height\r\n",
+         ["cat;a.png;0.5;0;4;30;40;30\r", "dog;b.png;1;2;10;8;40;30\r", "cat;b.png;30;20;10;10;40;30\r"]),
+        ("image_path\tbbox\tcategory\n",
+         ["./a.png\t[0.5, 0, 4, 30]\tcat", "./b.png\t[1, 2, 10, 8]\tdog", "./b.png\t[30, 20, 10, 10]\tcat"]),
+    ],
+)  # fmt: skip
+def test_table_of_boxes(tmp_path: Path, header: str, lines: list[str]) -> None:
+    write_images(tmp_path)
+    write_text(tmp_path / "_annotations.csv", header + "\n".join(lines))
+    dataset = load_detection_dataset(tmp_path)
+    assert list(dataset) == ["train"]
+    assert objects_of(dataset["train"]) == OBJECTS
+
+
+def test_splits_of_one_table(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    header, *lines = (CORNERS + "\n".join(BOX_LINES)).splitlines()
+    lines = [f"{line},{'TEST' if line.startswith('a') else 'train'}" for line in lines]
+    write_text(tmp_path / "metadata.csv", "\n".join([f"{header},set", *lines]))
+    dataset = load_detection_dataset(tmp_path)
+    assert {split: list(objects_of(rows)) for split, rows in dataset.items()} == {
+        "train": ["b.png"],
+        "test": ["a.png"],
+    }
+
+
+def test_splits_by_the_names_of_tables_and_by_the_folders_of_images(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_images(tmp_path / split)
+    lines = [f"{split}/{line}" for split in ("train", "test") for line in BOX_LINES]
+    write_text(tmp_path / "metadata.csv", CORNERS + "\n".join(lines))
+    dataset = load_detection_dataset(tmp_path, check_files=False)
+    assert {split: objects_of(rows) for split, rows in dataset.items()} == {"train": OBJECTS, "test": OBJECTS}
+    (tmp_path / "metadata.csv").unlink()
+    for split in ("train", "test"):
+        write_text(tmp_path / f"{split}_labels.csv", CORNERS + "\n".join(BOX_LINES))
+    dataset = load_detection_dataset(write_images(tmp_path / "images").parent, check_files=False)
+    assert {split: objects_of(rows) for split, rows in dataset.items()} == {"train": OBJECTS, "test": OBJECTS}
+
+
+def test_row_without_a_box_is_an_image_without_objects(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    write_text(tmp_path / "metadata.csv", f"{CORNERS}a.png,,,,,\n{BOX_LINES[0]}\n")
+    assert objects_of(load_detection_dataset(tmp_path)["train"]) == {"a.png": [], "b.png": [("dog", [1, 2, 10, 8])]}
+
+
+@pytest.mark.parametrize(("listed", "argument"), [("cat\ndog\nfox\n", None), ("", ["cat", "dog", "fox"])])
+def test_classes_as_integers(tmp_path: Path, listed: str, argument: list[str] | None) -> None:
+    write_images(tmp_path)
+    lines = "\n".join(BOX_LINES).replace("dog", "1").replace("cat", "0")
+    write_text(tmp_path / "metadata.csv", CORNERS + lines)
+    assert class_names_of(load_detection_dataset(tmp_path)) == ["0", "1"]
+    if listed:
+        write_text(tmp_path / "classes.txt", listed)
+    dataset = load_detection_dataset(tmp_path, class_names=argument)
+    assert class_names_of(dataset) == ["cat", "dog", "fox"]
+    assert objects_of(dataset["train"]) == OBJECTS
+
+
+def test_column_that_groups(tmp_path: Path) -> None:
+    lines = []
+    for index in range(8):
+        PILImage.new("RGB", (40, 30), (index, 0, 0)).save(tmp_path / f"{index}.png")
+        lines.append(f"{index}.png,1,1,9,9,cat,patient {index % 4}")
+    write_text(tmp_path / "metadata.csv", CORNERS.strip() + ",Patient\n" + "\n".join(lines))
+    parts = load_detection_dataset(tmp_path, validation_fraction=0.25, test_fraction=0.25, group_by="patient")
+    groups = [{int(name[0]) % 4 for name in objects_of(rows)} for rows in parts.values()]
+    assert [len(rows) for rows in parts.values()] == [4, 2, 2]
+    assert [len(group) for group in groups] == [2, 1, 1]
+
+
+def test_one_table(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    file = write_text(tmp_path / "my_test_boxes.csv", CORNERS + "\n".join(BOX_LINES))
+    assert objects_of(load_detection_dataset(file)["train"]) == OBJECTS

@@ -1,0 +1,174 @@
+import logging
+from pathlib import Path
+
+import pytest
+from annotation_folders import CLASSES, OBJECTS, copy_as_yolo, objects_of, write_text, write_yolo, yolo_lines
+from coco_folder import write_images
+from PIL import Image as PILImage
+
+from dit_detection.data import (
+    InvalidDatasetError,
+    ProblemLog,
+    class_names_of,
+    load_detection_dataset,
+    read_detection_dataset,
+)
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.mark.parametrize("name", ["bccd", "cards", "microcontrollers"])
+def test_copy_of_shared_data_has_the_same_boxes(tmp_path: Path, name: str) -> None:
+    if not (SHARED / name).is_dir():
+        pytest.skip("no shared data here")
+    coco = load_detection_dataset(SHARED / name, check_files=False)
+    yolo = load_detection_dataset(copy_as_yolo(coco, tmp_path), check_files=False)
+    assert class_names_of(yolo) == class_names_of(coco)
+    for split, rows in coco.items():
+        for (image, expected), (copy, found) in zip(
+            objects_of(rows).items(), objects_of(yolo[split]).items(), strict=True
+        ):
+            assert (copy, [label for label, _ in found]) == (image, [label for label, _ in expected])
+            for (_, box), (_, other) in zip(found, expected, strict=True):
+                assert box == pytest.approx(other, abs=0.011)  # a digit of rounding in each of two corners
+                assert box == other or any(value != int(value) for value in other)  # whole pixels exactly
+
+
+def write_labels(folder: Path) -> None:
+    for name, objects in OBJECTS.items():
+        write_text(folder / f"{Path(name).stem}.txt", yolo_lines(objects))
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "split"),
+    [
+        ("images", "labels", "train"),  # Label Studio
+        ("images/train", "labels/train", "train"),  # Ultralytics
+        ("images/val2017", "labels/val2017", "validation"),
+        ("valid/images", "valid/labels", "validation"),  # Roboflow
+        ("test", "test", "test"),
+        (".", ".", "train"),  # labelImg
+        ("images", "images", "train"),
+    ],
+)
+@pytest.mark.parametrize("described", [True, False])
+def test_layouts(tmp_path: Path, images: str, labels: str, split: str, described: bool) -> None:
+    if (images, described) == ("images", False) and labels == "images":
+        write_text(tmp_path / "labels" / "a.txt", yolo_lines(OBJECTS["a.png"]))  # else nothing shows what it is
+    write_images(tmp_path / images)
+    write_labels(tmp_path / labels)
+    if described:
+        key = {"validation": "val"}.get(split, split)
+        write_text(tmp_path / "data.yaml", f"path: .\n{key}: {images}\nnc: 2\nnames: {{0: cat, 1: dog}}\n")
+    else:
+        write_text(tmp_path / "classes.txt", "cat\ndog\n")
+        write_text(tmp_path / "notes.json", '{"categories": [{"id": 0, "name": "cat"}], "info": {"year": 2024}}')
+    dataset = load_detection_dataset(tmp_path)
+    assert list(dataset) == [split]
+    assert objects_of(dataset[split]) == OBJECTS
+    assert class_names_of(dataset) == CLASSES
+    assert list(dataset[split]["width"]) == [40, 40]
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        "train: ../train/images\nval: ../valid/images\nnames: [cat, dog]",  # Roboflow
+        "path: /content/data set\ntrain: train/images\nval: [valid/images]\nnames: [cat, dog]",
+        "path: ./\ntrain: train.txt\nval: valid.txt\nnames:\n  0: cat\n  1: dog",
+        "train: train.txt\nval:\n  - valid.txt\nnames: ['cat', \"dog\"]\nnc: 2",
+    ],
+)
+def test_paths_of_a_description(tmp_path: Path, description: str) -> None:
+    for split in ("train", "valid"):
+        write_images(tmp_path / split / "images")
+        write_labels(tmp_path / split / "labels")
+    write_text(tmp_path / "train.txt", "./train/images/a.png\n./train/images/b.png\n")
+    write_text(tmp_path / "valid.txt", f"data/valid/images/a.png\n{tmp_path}/valid/images/b.png\n")
+    write_text(tmp_path / "data.yaml", description)
+    dataset = load_detection_dataset(tmp_path, check_files=False)
+    assert {split: objects_of(rows) for split, rows in dataset.items()} == {"train": OBJECTS, "validation": OBJECTS}
+
+
+def test_cvat_export(tmp_path: Path) -> None:
+    write_images(tmp_path / "obj_train_data")
+    write_labels(tmp_path / "obj_train_data")
+    data = "classes = 2\ntrain = data/train.txt\nnames = data/obj.names\nbackup = backup/\n"
+    write_text(tmp_path / "obj.data", data)
+    write_text(tmp_path / "obj.names", "cat\ndog\n")
+    write_text(tmp_path / "train.txt", "data/obj_train_data/b.png\ndata/obj_train_data/a.png\n")
+    train = load_detection_dataset(tmp_path)["train"]
+    assert list(objects_of(train)) == ["b.png", "a.png"]
+    assert objects_of(train) == OBJECTS
+
+
+def test_only_a_description_that_is_named_may_point_elsewhere(tmp_path: Path) -> None:
+    write_yolo(tmp_path / "elsewhere")
+    description = f"path: {tmp_path / 'elsewhere'}\ntrain: {tmp_path / 'elsewhere' / 'images'}\nnames: [cat, dog]\n"
+    file = write_text(tmp_path / "here" / "data.yaml", description)
+    assert objects_of(load_detection_dataset(file)["train"]) == OBJECTS
+    with pytest.raises(
+        InvalidDatasetError, match=r"elsewhere/images' leads out of the data set's folder .*pass the desc"
+    ):
+        load_detection_dataset(file.parent)
+
+
+def test_polygons_become_the_boxes_around_them(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    # (4, 3), (20, 3), (12, 15) of 40 x 30 pixels
+    write_text(tmp_path / "labels" / "a.txt", "1 0.1 0.1 0.5 0.1 0.3 0.5\n\n0 0.1 0.1 0.5 0.1 0.5 0.5 0.1 0.5\r\n")
+    train = load_detection_dataset(tmp_path)["train"]
+    assert objects_of(train)["a.png"] == [("dog", [4, 3, 16, 12]), ("cat", [4, 3, 16, 12])]
+
+
+def test_image_without_a_label_file_has_no_objects(tmp_path: Path, caplog) -> None:
+    write_yolo(tmp_path)
+    (tmp_path / "labels" / "a.txt").unlink()
+    with caplog.at_level(logging.WARNING):
+        train = load_detection_dataset(tmp_path)["train"]
+    assert objects_of(train) == OBJECTS | {"a.png": []}
+    assert "1 x image without a label file: it counts as an image without objects." in caplog.text
+
+
+def test_split_that_is_described_and_not_there(tmp_path: Path, caplog) -> None:
+    write_yolo(tmp_path)
+    write_text(tmp_path / "data.yaml", "train: images\ntest: ../test/images\nnames: [cat, dog]\n")
+    with caplog.at_level(logging.WARNING):
+        assert list(load_detection_dataset(tmp_path)) == ["train"]
+    assert "1 x split without images: the split is left out." in caplog.text
+
+
+def test_classes_without_names(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    (tmp_path / "data.yaml").unlink()
+    assert class_names_of(load_detection_dataset(tmp_path)) == ["0", "1"]
+    assert objects_of(load_detection_dataset(tmp_path, class_names=CLASSES)["train"]) == OBJECTS
+
+
+def test_fractions_are_of_the_upright_image(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    exif = PILImage.Exif()
+    exif[0x0112] = 6  # stored 40 x 30, seen 30 x 40
+    image = tmp_path / "images" / "a.png"
+    PILImage.open(image).save(image, exif=exif)
+    write_text(tmp_path / "labels" / "a.txt", "0 0.5 0.5 0.2 0.2\n")
+    train = load_detection_dataset(tmp_path)["train"]
+    assert (train[0]["width"], train[0]["height"]) == (30, 40)
+    assert objects_of(train)["a.png"] == [("cat", [12, 16, 6, 8])]
+
+
+def test_columns_cannot_be_grouped_by(tmp_path: Path) -> None:
+    with pytest.raises(InvalidDatasetError, match="YOLO has no fields to group by"):
+        load_detection_dataset(write_yolo(tmp_path), validation_fraction=0.5, group_by="patient")
+
+
+def test_problems_name_file_and_line(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    write_text(tmp_path / "labels" / "a.txt", "0 0.5 0.5 0.2 0.2\n0 20 15 8 6\n")
+    problems = ProblemLog("error")
+    dataset = read_detection_dataset(tmp_path, problems)
+    assert dataset is not None
+    assert objects_of(dataset["train"])["a.png"] == [("cat", [16, 12, 8, 6])]
+    (problem,) = problems.examples["box not in fractions"]
+    assert f"{tmp_path / 'labels' / 'a.txt'}, line 2: '20 15 8 6'" in problem.what
+    assert problem.image == str(tmp_path / "images" / "a.png")
