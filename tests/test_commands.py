@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from annotation_folders import copy_as_voc, copy_as_yolo
 from coco_folder import write_images
 from PIL import Image
 
-from dit_detection import InvalidDatasetError, cli
+from dit_detection import InvalidDatasetError, cli, id2label_of, load_detection_dataset
 from dit_detection.commands import convert, evaluate, predict, train
 from dit_detection.commands.train_options import read_json_option
 from dit_detection.data import draw_shapes_dataset
@@ -148,6 +149,19 @@ def test_options_in_json_may_be_files(tmp_path):
     assert read_json_option("config_overrides", str(path)) == {"aspect_ratios": [1.0]}
 
 
+@pytest.mark.parametrize("copy", [copy_as_voc, copy_as_yolo])
+def test_the_annotation_format_changes_nothing(trained, coco_set, tmp_path, copy):
+    metrics = trained[1]
+    dataset = load_detection_dataset(coco_set)
+    copy(dataset, tmp_path / "copy")
+    arguments = ["--dataset", str(tmp_path / "copy"), "--class_names", *id2label_of(dataset).values()]
+    again = train.main([*TINY, *arguments, "--num_train_epochs", "1", "--output_dir", str(tmp_path / "detector")])
+    assert {name: again[name] for name in metrics if "map" in name} == {
+        name: value for name, value in metrics.items() if "map" in name
+    }
+    assert again["test_loss"] == pytest.approx(metrics["test_loss"], rel=1e-5)
+
+
 def test_predict_writes_boxes_and_pictures(trained, coco_set, tmp_path):
     folder, _ = trained
     Image.new("L", (30, 50), 128).save(tmp_path / "grey.png")
@@ -233,7 +247,7 @@ def test_resumes_from_the_last_checkpoint(coco_set, tmp_path):
     assert metrics["test_map"] >= 0
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate", "predict", "convert_dit", "export"])
+@pytest.mark.parametrize("script", ["train", "evaluate", "predict", "convert_dit", "check", "preview", "export"])
 def test_scripts_say_how_they_are_run(script):
     text = (ROOT / "scripts" / f"{script}.py").read_text()
     assert text.count(f"scripts/{script}.py") == 2

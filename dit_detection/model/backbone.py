@@ -169,7 +169,7 @@ class LayerScale(nn.Module):
 
     def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
         """`(B, N, D)`, `(B, N, D)` → `(B, N, D)`."""
-        # Cast, or autocast's bf16 branches would make the residual float32, and each norm's and product's input with it.
+        # Cast: beside autocast's bf16 branches a float32 weight would make the residual, and all it meets, float32.
         return torch.addcmul(residual, branch, self.weight.to(branch.dtype))
 
 

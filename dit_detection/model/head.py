@@ -67,4 +67,9 @@ class AnchorHead(nn.Module):
 
     def _per_anchor(self, prediction: Tensor, values: int) -> Tensor:
         """`(B, anchors · values, h, w)` → `(B, h · w · anchors, values)`."""
-        return prediction.permute(0, 2, 3, 1).reshape(prediction.shape[0], -1, values)
+        prediction = prediction.permute(0, 2, 3, 1)
+        if torch.compiler.is_compiling():
+            # Of a single image, a traced convolution can have other strides than a real one, and a recorded view of it
+            # fails. In a compiled graph the copy is part of the concatenation.
+            prediction = prediction.clone(memory_format=torch.contiguous_format)
+        return prediction.reshape(prediction.shape[0], -1, values)

@@ -66,7 +66,7 @@ class LatentEncoder(nn.Module):
             `torch.Tensor` of shape `(B, latent_channels, H / 8, W / 8)` (8 for the published autoencoders): the mode
             of the posterior, shifted and scaled as the DiT was trained on it.
         """
-        # Channels last from here on, whatever the weights' own order: on a CPU 1.06 (SD-VAE) to 1.4 times (TAESD) as fast.
+        # Channels last from here on, whatever the weights' order: on a CPU 1.06 (SD-VAE) to 1.4 (TAESD) times as fast.
         moments = self.quant_conv(self.encoder(pixel_values.contiguous(memory_format=torch.channels_last)))
         mode = moments if self.is_tiny else moments.chunk(2, dim=1)[0]
         return (mode - self.shift_factor) * self.scaling_factor

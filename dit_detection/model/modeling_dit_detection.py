@@ -190,7 +190,9 @@ class DiTDetectionModel(DiTDetectionPreTrainedModel):
         pixel_values = pixel_values.to(self.dtype)
         # Compiled or exported, one graph serves every size, whether it needs padding or not.
         if torch.compiler.is_compiling() or height % stride or width % stride:
-            pixel_values = F.pad(pixel_values, (0, -width % stride, 0, -height % stride))
+            # No negative modulo: inductor (torch 2.15) cannot compile one of a dynamic size.
+            rows, columns = (height + stride - 1) // stride * stride, (width + stride - 1) // stride * stride
+            pixel_values = F.pad(pixel_values, (0, columns - width, 0, rows - height))
         return pixel_values if self.latent_encoder is None else self.latent_encoder(pixel_values)
 
     def _as_computed(self, encoded: Tensor) -> Tensor:
