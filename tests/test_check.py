@@ -384,8 +384,14 @@ def test_no_picture_without_a_case(planted, capsys):
         (["--image_size", "0"], "--image_size"),
         (["--image_size", "1", "2", "3"], "--image_size"),
         (["--json", "nowhere/report.json"], "no folder nowhere"),
+        (["--fit_anchors", "."], "is a folder"),
+        (["--pictures", "worst.xyz"], "no picture has this suffix"),
+        (["--model", "nowhere/detector"], "--model nowhere/detector: no DiT"),
+        (["--seed", "-1"], "seed is -1"),
         (["--config_overrides", "nowhere.json"], "nowhere.json"),
         (["--config_overrides", '{"anchor_sizes": [[8]]}'], "anchor_sizes"),
+        (["--config_overrides", '{"anchor_sizes": "large"}'], "--config_overrides: Validation error"),
+        (["--config_overrides", '{"strides": 8}'], "--config_overrides: "),
         (["--config_overrides", '{"strides": '], "--config_overrides"),
         (["--validation_fraction", "2"], "validation_fraction"),
         (["--format", "xls"], "--format"),
@@ -404,6 +410,23 @@ def test_a_data_set_that_is_not_there_exits_with_1(tmp_path):
     assert code == 1 and report["findings"][0]["severity"] == "error" and "splits" not in report
 
 
+def test_a_data_set_too_small_to_set_images_aside_is_reported(planted):
+    del planted.splits["val"]
+    planted.splits["train"]["images"] = planted.splits["train"]["images"][:1]
+    planted.keep(lambda a: a["image_id"] == 1)
+    report, code = run(planted.write())
+    assert code == 1 and "too few to set some aside" in report["findings"][0]["examples"][0]["what"]
+
+
+def test_anchors_of_a_dit_are_the_default_ones(planted):
+    folder = planted.folder / "dit" / "transformer"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
+    for source in (folder.parent, folder):
+        report, _ = run(planted.write(), "--model", str(source))
+        assert list(report["anchors"]) == [f"{source}, a DiT"]
+
+
 def test_anchors_of_a_detector_are_measured_on_its_own_canvas(planted, tiny_model):
     folder = planted.folder / "detector"
     tiny_model(anchor_sizes=[[16.0], [36.0], [42.0]], aspect_ratios=[0.9]).save_pretrained(folder)
@@ -417,14 +440,16 @@ def test_anchors_of_a_detector_are_measured_on_its_own_canvas(planted, tiny_mode
 
 def test_fitted_anchors_are_written_for_training(planted):
     target = planted.folder / "anchors.json"
+    images = ["--format", "coco", "--class_names", "ant", "bee", "cow"]
     far_off = '{"strides": [8, 16, 32], "anchor_sizes": [[200], [300], [400]], "aspect_ratios": [1.0]}'
-    report, _ = run(planted.write(), "--fit_anchors", str(target), "--config_overrides", far_off)
+    report, _ = run(planted.write(), "--fit_anchors", str(target), "--config_overrides", far_off, *images)
     fitted = report["fitted_anchors"]
     assert fitted["suggested"] and fitted["coverage"]["validation"]["all"]["covered"] > 0.9
     assert json.loads(target.read_text()) == fitted["config_overrides"]
     assert (
         f"--config_overrides {target}" in fitted["command"] and f"--image_size {HEIGHT} {WIDTH}" in fitted["command"]
     )
+    assert " ".join(images) in fitted["command"]
     assert len(DiTDetectionConfig(**fitted["config_overrides"]).anchor_sizes) == 3
     # Checked again with them, nothing is left to gain, and the file stays what it is.
     again, _ = run(planted.write(), "--fit_anchors", str(target), "--config_overrides", str(target))

@@ -68,7 +68,7 @@ def augmentations(draw: st.DrawFn) -> DetectionAugmentation:
     return DetectionAugmentation(scale=(scale[0], scale[1]), min_side=draw(st.sampled_from([0.1, 1, 5])), **shares)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     sample=samples(),
     others=st.tuples(samples(10), samples(20), samples(30)),
@@ -104,7 +104,7 @@ def test_objects_stay_inside_whole_and_aligned(
         torch.testing.assert_close(target["area"], sides.prod(dim=1), rtol=1e-3, atol=1e-2)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(case=images_with_boxes(), seed=st.integers(0, 2**31))
 def test_a_box_still_covers_what_was_painted_in_it(case: tuple[int, int, list], seed: int) -> None:
     height, width, boxes = case
@@ -121,7 +121,7 @@ def test_a_box_still_covers_what_was_painted_in_it(case: tuple[int, int, list], 
     assert augmented["boxes"].tolist() == painted
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(case=images_with_boxes(), seed=st.integers(0, 2**31))
 def test_mosaic_moves_boxes_with_their_pixels(case: tuple[int, int, list], seed: int) -> None:
     height, width, boxes = case
@@ -159,7 +159,7 @@ def test_mosaic_scales_other_sizes_to_the_canvas() -> None:
     assert (image == 7).all(dim=0).sum() >= sides.prod(dim=1).sum()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(case=images_with_boxes(), source_case=images_with_boxes(), seed=st.integers(0, 2**31))
 def test_pasted_objects_are_whole_and_cover_what_they_cover(
     case: tuple[int, int, list], source_case: tuple[int, int, list], seed: int

@@ -79,7 +79,7 @@ def test_class_weights_by_hand() -> None:
         class_weights_of(rows, beta=1)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(factors=st.lists(st.floats(1, 5) | st.just(1.0), max_size=40), seed=st.integers(0, 2**31))
 def test_no_index_is_left_out_and_all_epochs_are_equally_long(factors: list[float], seed: int) -> None:
     sampler = RepeatFactorSampler(factors, seed)

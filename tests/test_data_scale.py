@@ -29,7 +29,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     content=st.dictionaries(st.sampled_from("abc"), values | st.lists(values, max_size=5)),
     indent=st.sampled_from([None, 0, 2]),

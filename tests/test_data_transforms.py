@@ -266,7 +266,7 @@ def test_every_mode_goes_through(tmp_path: Path, mode: str, suffix: str) -> None
     assert rows[1]["pixel_values"].shape == (3, 64, 64)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     size=st.tuples(st.integers(1, 2500), st.integers(1, 40)),
     is_wide=st.booleans(),

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from coco_folder import coco_content, write_coco
+from coco_folder import coco_content, write_coco, write_images, write_json
 from PIL import Image
 
 from dit_detection import (
@@ -50,7 +50,12 @@ def test_padding_is_striped(tmp_path: Path) -> None:
 
 
 def test_the_grid_shows_the_views_of_training(tmp_path: Path, monkeypatch, capsys) -> None:
-    write_coco(tmp_path)
+    # A third image, which is set aside for validation: the others are counted as training counts them.
+    content = coco_content()
+    names = ("a.png", "b.png", "c.png")
+    content["images"].append({"id": 11, "file_name": "c.png", "width": 40, "height": 30})
+    write_images(tmp_path / "images", names)
+    write_json(tmp_path / "annotations_train.json", content)
     output = tmp_path / "views.png"
     options = ["--num_images", "9", "--num_views", "2", "--image_size", "48", "64", "--seed", "7"]
     augmentation = '{"mosaic": 1.0, "copy_paste": 1.0}'
@@ -63,7 +68,7 @@ def test_the_grid_shows_the_views_of_training(tmp_path: Path, monkeypatch, capsy
     with Image.open(output) as picture:
         assert picture.width > 3 * 480 > picture.height  # 3 columns, 2 rows of flat pictures
 
-    rows = load_detection_dataset(tmp_path)["train"]
+    rows = load_detection_dataset(tmp_path, validation_fraction=0.15, seed=7)["train"]
     image_processor = DiTDetectionImageProcessor(size={"max_height": 48, "max_width": 64})
     plain = DetectionDataset(rows, image_processor)
     augmented = DetectionDataset(rows, image_processor, DetectionAugmentation(mosaic=1, copy_paste=1), seed=7)
@@ -85,6 +90,12 @@ def test_the_grid_shows_the_views_of_training(tmp_path: Path, monkeypatch, capsy
         (["--augmentation", '{"mosaic": 2}'], "mosaic is 2; it must lie between 0 and 1"),
         (["--augmentation", '{"rotate": 2}'], "unexpected keyword argument 'rotate'"),
         (["--augmentation", "mosaic"], "--augmentation"),
+        (["--augmentation", '{"mosaic": "yes"}'], "mosaic is 'yes'; it must lie between 0 and 1"),
+        (["--augmentation", '{"scale": 2}'], "scale is 2; it must be"),
+        (["--output", "nowhere/views.png"], "there is no folder nowhere"),
+        (["--output", "views.xyz"], "no picture has this suffix"),
+        (["--format", "voc"], 'holds nothing of the format "voc"'),
+        (["--seed", "-1"], "seed is -1"),
     ],
 )
 def test_wrong_options(tmp_path: Path, capsys, options: list[str], message: str) -> None:

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from ..anchor_fit import AnchorSetting, best_anchor_ious, coverage, fit_anchors, is_better
@@ -18,13 +20,14 @@ from ..data.findings import Finding, FindingLog
 from ..data.image_scan import scan_images
 from ..data.inspection import inspect_boxes, inspect_classes, inspect_duplicates, inspect_images
 from ..data.problems import ProblemLog
-from ..data.reader import Format, read_detection_dataset
+from ..data.reader import read_detection_dataset
 from ..data.row_format import class_names_of
 from ..data.statistics import SplitTable, describe_split, read_table
 from ..model.configuration_dit_detection import DiTDetectionConfig
 from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
 from ..small_dit import DETECTORS
 from .check_report import draw_findings, print_report
+from .shared_options import add_data_options, data_arguments, refuse_output
 from .train_options import read_json_option
 
 
@@ -33,22 +36,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = _make_parser()
     args = parser.parse_args(argv)
     for option in ("json", "pictures", "fit_anchors"):
-        path = getattr(args, option)
-        if path is not None and not Path(path).parent.is_dir():
-            parser.error(f"--{option} {path}: there is no folder {Path(path).parent}.")
+        if getattr(args, option) is not None:
+            refuse_output(parser, option, getattr(args, option), is_picture=option == "pictures")
     try:
         settings, canvas = _read_settings(args)
         problems = ProblemLog(args.on_invalid)
-        dataset = read_detection_dataset(
-            args.dataset,
-            problems,
-            format=args.format,
-            class_names=args.class_names,
-            validation_fraction=args.validation_fraction,
-            test_fraction=args.test_fraction,
-            group_by=args.group_by,
-            seed=args.seed,
-        )
+        dataset = read_detection_dataset(args.dataset, problems, **data_arguments(args))
     except ValueError as error:
         parser.error(str(error))
 
@@ -95,16 +88,7 @@ def _make_parser() -> argparse.ArgumentParser:
         help="look for anchors that cover the training objects better, and write them there for "
         "`dit-detect train --config_overrides FILE`",
     )
-    group = parser.add_argument_group("as they will be given to `dit-detect train`")
-    group.add_argument("--format", choices=get_args(Format), help="of the annotations; default: what the folder shows")
-    group.add_argument("--class_names", nargs="+", help="names of the classes, where the annotations have none")
-    group.add_argument("--on_invalid", default="error", choices=["error", "drop", "clip"], help="broken annotations")
-    group.add_argument(
-        "--validation_fraction", type=float, default=0.15, help="of train, where there is no validation"
-    )
-    group.add_argument("--test_fraction", type=float, help="of train, where there is no test; default: none")
-    group.add_argument("--group_by", help="column whose groups (patients, scenes) no split may cut")
-    group.add_argument("--seed", type=int, default=42, help="of the images that are set aside")
+    group = add_data_options(parser)
     group.add_argument("--image_size", nargs="+", type=int, help="canvas in pixels: a side, or height and width")
     group.add_argument("--model", help="a DiT, or a detector of this library, whose anchors and canvas are then used")
     group.add_argument("--random_dit", choices=sorted(DETECTORS), help="size of the random DiT")
@@ -127,6 +111,7 @@ def _read_settings(args: argparse.Namespace) -> tuple[dict[str, AnchorSetting], 
         try:
             config = AutoConfig.from_pretrained(args.model)
         except (OSError, ValueError, KeyError):  # a diffusers checkpoint: its config is not one of transformers
+            _refuse_other_than_dit(args.model)
             return {f"{args.model}, a DiT": _setting(overrides)}, canvas
         if config.model_type == DiTDetectionConfig.model_type:
             # Training goes on with the detector's own canvas, whatever --image_size says.
@@ -143,11 +128,28 @@ def _read_settings(args: argparse.Namespace) -> tuple[dict[str, AnchorSetting], 
     return settings, canvas
 
 
+def _refuse_other_than_dit(source: str) -> None:
+    """Read the configuration of a pipeline's transformer, or of a bare one; its weights are left where they are."""
+    for name in ("transformer/config.json", "config.json"):
+        try:
+            file = Path(source) / name if Path(source).is_dir() else Path(hf_hub_download(source, name))
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if config.get("_class_name") in ("DiTTransformer2DModel", "Transformer2DModel"):
+            return
+    raise ValueError(f"--model {source}: no DiT of diffusers and no detector is there, nor on the Hub. Correct it.")
+
+
 def _setting(fields: dict[str, Any]) -> AnchorSetting:
     # Only what the anchors follow from: the rest may need a DiT that is not there. The patch is as large as the finest
     # stride, or a configuration of coarse feature maps alone would be refused.
     fields = {name: fields[name] for name in ("strides", "anchor_sizes", "aspect_ratios") if name in fields}
-    return AnchorSetting.from_config(DiTDetectionConfig(**fields, patch_size=max(16, *fields.get("strides", [16]))))
+    try:
+        config = DiTDetectionConfig(**fields, patch_size=max(16, *fields.get("strides", [16])))
+    except (TypeError, StrictDataclassError) as error:
+        raise ValueError(f"--config_overrides: {' '.join(str(error).split())}") from error
+    return AnchorSetting.from_config(config)
 
 
 def _inspect(tables: dict[str, SplitTable], class_names: list[str], log: FindingLog, decode: bool) -> dict[str, Any]:
@@ -180,10 +182,12 @@ def _measure_anchors(
     overrides = (fitted if suggested else setting).to_overrides()
     Path(args.fit_anchors).write_text(json.dumps(overrides, indent=1), encoding="utf-8")
     command = ["dit-detect", "train", "--dataset", args.dataset]
-    for option in ("model", "random_dit"):
-        command += [f"--{option}", getattr(args, option)] if getattr(args, option) else []
-    # They fit the canvas they were fitted on.
-    command += ["--image_size", *map(str, args.image_size)] if args.image_size else []
+    # They fit the canvas they were fitted on, and the images.
+    defaults = _make_parser()
+    for option in (*data_arguments(args), "on_invalid", "model", "random_dit", "image_size"):
+        value = getattr(args, option)
+        if value != defaults.get_default(option):
+            command += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
     report["fitted_anchors"] = {
         "instead_of": name,
         "suggested": suggested,

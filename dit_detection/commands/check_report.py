@@ -105,6 +105,8 @@ def _print_anchors(report: Mapping[str, Any]) -> None:
     for name, splits in settings.items():
         for split in [split for split in ("train", "validation") if split in splits]:
             rows.append([name, split, *(_coverage_cell(splits[split][size]) for size in sizes)])
+    if len(rows) == 1:  # a test split alone
+        return
     print("Objects whose best anchor reaches IoU 0.5 (and the mean of the best IoUs), by COCO's sizes")
     _print_table(rows)
     if fitted is not None:

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..data import DetectionAugmentation, DetectionDataset, class_names_of, load_detection_dataset
-from ..data.reader import Format
 from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
 from ..visualize import draw_detections, draw_grid
+from .shared_options import add_data_options, data_arguments, refuse_output
 from .train_options import read_json_option
 
 STRIPE = 8  # pixels; the padding is drawn in stripes of two greys
@@ -25,17 +25,12 @@ def main(argv: Sequence[str] | None = None) -> Image.Image:
     parser.add_argument("--output", default="preview.jpg", help="picture to write")
     parser.add_argument("--num_images", type=int, default=16, help="evenly spaced through the split, one per row")
     parser.add_argument("--num_views", type=int, default=3, help="augmented views of each, those of the first epochs")
-    parser.add_argument("--image_size", type=int, nargs="+", default=[512], help="as of `dit-detect train`")
-    parser.add_argument("--augmentation", default="{}", help="as of `dit-detect train`: JSON, or 'none'")
-    parser.add_argument("--seed", type=int, default=42, help="as of `dit-detect train`, to see the views of that run")
     parser.add_argument("--split", default="train", help="train, validation or test")
-    parser.add_argument(
-        "--format", choices=get_args(Format), help="of the annotations; default: what the folder shows"
-    )
-    parser.add_argument(
-        "--on_invalid", default="error", choices=["error", "drop", "clip"], help="see `dit-detect train`"
-    )
+    group = add_data_options(parser)
+    group.add_argument("--image_size", type=int, nargs="+", default=[512], help="canvas: a side, or height and width")
+    group.add_argument("--augmentation", default="{}", help="JSON, a JSON file, or 'none'")
     args = parser.parse_args(argv)
+    refuse_output(parser, "output", args.output, is_picture=True)
     if args.num_images < 1 or args.num_views < 0:
         parser.error(f"--num_images {args.num_images} --num_views {args.num_views}: need 1 image and 0 views or more.")
     if len(args.image_size) > 2 or min(args.image_size) < 1:
@@ -47,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> Image.Image:
         except (TypeError, ValueError) as error:
             parser.error(f"--augmentation {args.augmentation}: {error}")
 
-    dataset = load_detection_dataset(args.dataset, on_invalid=args.on_invalid, format=args.format)
+    try:
+        dataset = load_detection_dataset(args.dataset, on_invalid=args.on_invalid, **data_arguments(args))
+    except ValueError as error:
+        parser.error(str(error))
     if args.split not in dataset:
         parser.error(f"--split {args.split}: {args.dataset} has {', '.join(dataset)}.")
     rows = dataset[args.split]

@@ -48,18 +48,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         datasets.disable_progress_bars()
         transformers.logging.set_verbosity_error()
     set_seed(args.seed)
-
-    with args.main_process_first(desc="reading the data set"):
-        dataset = _load_dataset(data_args, args.seed)
     overrides = read_json_option("config_overrides", model_args.config_overrides)
-    if data_args.class_weights == "balanced":
-        overrides["class_weights"] = class_weights_of(dataset["train"])
     augmentation = None
     if data_args.augmentation != "none":
         augmentation = DetectionAugmentation(**read_json_option("augmentation", data_args.augmentation))
+
+    with args.main_process_first(desc="reading the data set"):
+        dataset = _load_dataset(data_args, args.seed)
+    if data_args.class_weights == "balanced":
+        overrides["class_weights"] = class_weights_of(dataset["train"])
     model, image_processor = _load_model(model_args, dataset, args, overrides)
     if model_args.dry_run:
-        print(describe_cost(model, image_processor, dataset, args, data_args.num_views or VIEWS_IN_CACHE))
+        if args.process_index == 0:
+            print(describe_cost(model, image_processor, dataset, args, data_args.num_views or VIEWS_IN_CACHE))
         return {}
     trainer = DetectionTrainer(
         model,

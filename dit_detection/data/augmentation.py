@@ -59,9 +59,10 @@ class DetectionAugmentation:
             "copy_paste": copy_paste,
             "min_visible": min_visible,
         }.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value}; it must lie between 0 and 1.")
-        if not 0 < scale[0] <= scale[1]:
+            # They come from JSON, too.
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value!r}; it must lie between 0 and 1.")
+        if not isinstance(scale, list | tuple) or len(scale) != 2 or not 0 < scale[0] <= scale[1]:
             raise ValueError(f"scale is {scale}; it must be (smallest, largest), both above 0.")
         if min_side <= 0:
             raise ValueError(f"min_side is {min_side}; it must be above 0 pixels.")

@@ -193,7 +193,7 @@ def object_fields(dataset: Dataset | IterableDataset, split: str) -> dict[str, A
         return fields
     raise InvalidDatasetError(
         f'The split "{split}" needs the columns "image" and "objects" with "bbox" and "category", but has '
-        f"{dict(dataset.features)}. Rename or convert its columns."
+        f"{dict(dataset.features)!s:.300}. Rename or convert its columns."
     )
 
 

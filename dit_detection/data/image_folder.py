@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from .annotations import Annotations, is_integer, is_number
 from .dataset_files import ImageFinder, is_name, leads_outside, read_class_list
 from .hub import add_objects, object_columns
 from .layouts import SPLITS, split_folders, split_of
-from .problems import InvalidDatasetError, ProblemLog
+from .problems import ProblemLog
 from .tables import FILE_COLUMNS, Row, csv_header, read_table
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -63,7 +63,6 @@ def read_image_folder(
         for file in files:
             for row in read_table(file, problems):
                 _add_row(images, split, row, file, problems, group_by)
-    _refuse_fractions(images.values(), source)
     values = {
         category
         for entries in images.values()
@@ -169,14 +168,6 @@ def _number(value: Any) -> Any:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
-
-
-def _refuse_fractions(splits: Iterable[dict[str, Row]], source: Path) -> None:
-    """AutoML's and OpenImages' tables hold fractions under the same names; as pixels, they would be specks."""
-    boxes = [box for entries in splits for entry in entries.values() for box in entry["objects"]["bbox"]]
-    numbers = [value for box in boxes if isinstance(box, list) for value in box if is_number(value)]
-    if numbers and all(0 <= value <= 1 for value in numbers):
-        raise InvalidDatasetError(f"{source}: all boxes lie between 0 and 1, as fractions do. Write pixels.")
 
 
 def _read_classes(

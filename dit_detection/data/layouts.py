@@ -87,7 +87,11 @@ def _only(files: list[Path], split: str) -> Path:
     instances = [file for file in files if file.stem.startswith("instances")]
     files = instances or list(filter(looks_like_coco, files)) or files
     if len(files) > 1:
-        names = ", ".join(str(file) for file in files)
+        names = ", ".join([*map(str, files[:5]), *["…"] * (len(files) > 5)])
+        if not any(map(looks_like_coco, files)):
+            raise InvalidDatasetError(
+                f"None of {len(files)} JSON files has the lists of COCO: {names}. Export one COCO JSON for each split."
+            )
         raise InvalidDatasetError(
             f'Several files may be the split "{split}": {names}. Remove all but one, or name it.'
         )

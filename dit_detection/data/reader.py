@@ -1,5 +1,5 @@
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -153,6 +153,8 @@ def read_detection_dataset(
         raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}.")
     if class_names is not None and (not class_names or len(set(class_names)) < len(class_names)):
         raise ValueError(f"class_names is {list(class_names)}; it must have one name or more, each once.")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; it must be 0 or more.")
     where = "data set"
     try:
         if isinstance(source, Dataset | DatasetDict):
@@ -168,19 +170,20 @@ def read_detection_dataset(
                 splits = _read_files(Path(where), format, class_names, group_by, problems, check_files)
         if group_by is not None:
             _check_groups(splits, group_by)
+        _refuse_fractions(splits.values())
         dataset = _check_and_convert(splits, class_names, problems, check_files)
+        if dataset is None:
+            return None
+        groups = {
+            split: [group for group, keep in zip(annotations.groups, annotations.keep_image, strict=True) if keep]
+            for split, annotations in splits.items()
+            if annotations.groups
+        }
+        duplicates = report_overlap(dataset, groups, problems) if check_files else []
+        return split_train(dataset, groups.get("train", []), duplicates, validation_fraction, test_fraction, seed)
     except (InvalidDatasetError, OSError) as error:
-        problems.add("unusable data set", where, str(error).removeprefix(where).lstrip(": "))
+        problems.add("unusable data set", where, str(error).removeprefix(f"{where}: ").removeprefix(f"{where} "))
         return None
-    if dataset is None:
-        return None
-    groups = {
-        split: [group for group, keep in zip(annotations.groups, annotations.keep_image, strict=True) if keep]
-        for split, annotations in splits.items()
-        if annotations.groups
-    }
-    duplicates = report_overlap(dataset, groups, problems) if check_files else []
-    return split_train(dataset, groups.get("train", []), duplicates, validation_fraction, test_fraction, seed)
 
 
 def _format_of(path: Path, format: Format | None) -> Format:
@@ -222,6 +225,15 @@ def _check_groups(splits: Mapping[str, Annotations], group_by: str) -> None:
             raise InvalidDatasetError(f"{annotations.source}: group_by is {group_by!r}, but no image has that field.")
         for row in missing:
             annotations.drop_image(row, "no group", f'field "{group_by}" is missing')
+
+
+def _refuse_fractions(splits: Iterable[Annotations]) -> None:
+    """Many tools write fractions of the image under the same names; as pixels, they would all be specks."""
+    for annotations in splits:
+        boxes = np.array(annotations.boxes)
+        if len(boxes) and not annotations.boxes_are_fractions and ((boxes >= 0) & (boxes <= 1)).all():
+            what = "all boxes lie between 0 and 1, as fractions do. Write pixels."
+            raise InvalidDatasetError(f"{annotations.source}: {what}")
 
 
 def _check_and_convert(
@@ -266,7 +278,7 @@ def _match_classes(
     matched = new_labels[objects["category"]]
     for index in np.flatnonzero(matched < 0):
         name = annotations.class_names[objects["category"][index]]
-        what = f"class {name!r:.80} is none of {', '.join(class_names)}"
+        what = f"class {name!r:.80} is none of class_names: {', '.join(class_names)}"
         row, object_id = int(objects["row"][index]), int(objects["id"][index])
         annotations.report("unknown category", f"{what:.300}", row, object_id, objects["bbox"][index].tolist())
     keep = matched >= 0

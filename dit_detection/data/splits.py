@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 from datasets import Image as ImageFeature
 
 from .duplicates import Place, find_duplicate_images
-from .problems import ProblemLog
+from .problems import InvalidDatasetError, ProblemLog
 
 
 def check_fractions(validation_fraction: float | None, test_fraction: float | None) -> None:
@@ -48,7 +48,7 @@ def split_train(
         seed (`int`): Which ones they are.
 
     Raises:
-        ValueError: There are too few images or groups.
+        InvalidDatasetError: There are too few images or groups.
     """
     wanted = {"validation": validation_fraction, "test": test_fraction}
     fractions = {split: share for split, share in wanted.items() if share is not None and split not in dataset}
@@ -69,9 +69,9 @@ def split_train(
         )
         parts.get(next(targets, ""), rest).extend(members[index].tolist())
     if not rest or not all(parts.values()):
-        raise ValueError(
+        raise InvalidDatasetError(
             f'The split "train" has {len(members)} images or groups of images; that is too few to set some aside for '
-            f"{' and '.join(fractions)}."
+            f"{' and '.join(fractions)}. Add images, or a split of your own."
         )
     chosen = {split: train.select(sorted(rows)) for split, rows in {"train": rest, **parts}.items()}
     return DatasetDict(dataset | chosen)

@@ -17,7 +17,6 @@ CLASS_LISTS = ("classes.txt", "obj.names", "labels.txt", "predefined_classes.txt
 OTHER_TEXTS = {*CLASS_LISTS, "readme.txt", "notes.txt", "train.txt", "val.txt", "valid.txt", "test.txt"}
 MAX_FRACTION = 1.01  # the last digit of a file is rounded; what is further out is checked in pixels
 MAX_UNNAMED = 10_000  # classes, where only their numbers are known
-DIGITS = 2  # of a coordinate in pixels: YOLO's six digits say no more, and whole pixels come back as they were
 
 
 def find_yolo(folder: Path) -> str | None:
@@ -85,9 +84,16 @@ def to_pixels(annotations: Annotations) -> None:
     rows = np.asarray(annotations.rows, dtype=np.int64)
     sizes = np.array([annotations.widths, annotations.heights], dtype=np.float64).T[rows]
     boxes = np.asarray(annotations.boxes, dtype=np.float64).reshape(-1, 4)
-    low = ((boxes[:, :2] - boxes[:, 2:] / 2) * sizes).round(DIGITS)
-    high = ((boxes[:, :2] + boxes[:, 2:] / 2) * sizes).round(DIGITS)
-    annotations.boxes = array("d", np.concatenate([low, (high - low).round(DIGITS)], axis=1).ravel())
+    corners = np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], axis=1)
+    # Labelling tools write 6 digits, an error of up to 0.75e-6 of the image in a corner. Rounded to the next power of
+    # ten, whole pixels come back as they were, and in images below 670 pixels thousandths do.
+    sides = np.tile(np.maximum(sizes, 1), 2)
+    decimals = -np.ceil(np.log10(1.5e-6 * sides)).astype(int)
+    corners *= sides
+    for places in np.unique(decimals):
+        corners = np.where(decimals == places, corners.round(places), corners)
+    extents = (corners[:, 2:] - corners[:, :2]).round(int(decimals.max(initial=0)))
+    annotations.boxes = array("d", np.concatenate([corners[:, :2], extents], axis=1).ravel())
     annotations.boxes_are_fractions = False
 
 

@@ -1,0 +1,40 @@
+"""Options that `dit-detect check` and `dit-detect preview` share, so that both look at what training would read."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..data.formats import FORMATS
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the options of `dit-detect train` that say which images are read; returns their group."""
+    group = parser.add_argument_group("as they will be given to `dit-detect train`")
+    group.add_argument("--format", choices=FORMATS, help="of the annotations; default: what the folder shows")
+    group.add_argument("--class_names", nargs="+", help="names of the classes, where the annotations have none")
+    group.add_argument("--on_invalid", default="error", choices=["error", "drop", "clip"], help="broken annotations")
+    group.add_argument(
+        "--validation_fraction", type=float, default=0.15, help="of train, where there is no validation"
+    )
+    group.add_argument("--test_fraction", type=float, help="of train, where there is no test; default: none")
+    group.add_argument("--group_by", help="column whose groups (patients, scenes) no split may cut")
+    group.add_argument("--seed", type=int, default=42, help="of the images that are set aside, and of augmented views")
+    return group
+
+
+def data_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options of `add_data_options` give to `load_detection_dataset`, `on_invalid` left out."""
+    names = ("format", "class_names", "validation_fraction", "test_fraction", "group_by", "seed")
+    return {name: getattr(args, name) for name in names}
+
+
+def refuse_output(parser: argparse.ArgumentParser, option: str, path: str, is_picture: bool) -> None:
+    """End the command with a usage error if a file could not be written there after all the work."""
+    if not Path(path).parent.is_dir():
+        parser.error(f"--{option} {path}: there is no folder {Path(path).parent}.")
+    if Path(path).is_dir():
+        parser.error(f"--{option} {path} is a folder. Name a file in it.")
+    if is_picture and Path(path).suffix.lower() not in Image.registered_extensions():
+        parser.error(f"--{option} {path}: no picture has this suffix. Take .jpg or .png.")
