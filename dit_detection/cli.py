@@ -3,6 +3,7 @@
 import sys
 
 from .commands import check, convert, evaluate, export, predict, preview, train
+from .data import InvalidDatasetError
 
 COMMANDS = {
     "check": check,
@@ -39,4 +40,8 @@ def main() -> None:
     if arguments[0] not in COMMANDS:
         sys.stderr.write(f"dit-detect: there is no command {arguments[0]!r}.\n\n{USAGE}")
         sys.exit(2)
-    COMMANDS[arguments[0]].main(arguments[1:])
+    try:
+        COMMANDS[arguments[0]].main(arguments[1:])
+    except InvalidDatasetError as error:
+        # The report is for the one who has the data; where in our code it was raised says nothing to them.
+        sys.exit(f"dit-detect {arguments[0]}: {error}")

@@ -265,6 +265,12 @@ def test_the_console_command(monkeypatch, capsys):
     assert "'trian'" in capsys.readouterr().err
 
 
+def test_bad_data_end_the_console_command_with_the_report_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["dit-detect", "train", "--dataset", str(tmp_path), "--use_cpu"])
+    with pytest.raises(SystemExit, match=r"(?s)^dit-detect train: .* holds no annotations that are known"):
+        cli.main()
+
+
 def test_the_readme_runs_what_ci_runs():
     readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
     assert "uv run pytest" in readme and "\nuv run pytest\n" in ci

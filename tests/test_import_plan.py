@@ -12,7 +12,7 @@ ROOT = PACKAGE.parent
 ROOMS = {
     "__init__": {"data", "metrics", "model", "trainer", "visualize", "model_card"},
     "__main__": {"cli"},
-    "cli": {"commands"},
+    "cli": {"commands", "data"},
     "commands": {
         "anchor_fit",
         "cost",

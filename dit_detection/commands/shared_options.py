@@ -13,7 +13,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     """Add the options of `dit-detect train` that say which images are read; returns their group."""
     group = parser.add_argument_group("as they will be given to `dit-detect train`")
     group.add_argument("--format", choices=FORMATS, help="of the annotations; default: what the folder shows")
-    group.add_argument("--class_names", nargs="+", help="names of the classes, where the annotations have none")
+    group.add_argument(
+        "--class_names", nargs="+", help="all, in the order of their labels; default: as the data have them"
+    )
     group.add_argument("--on_invalid", default="error", choices=["error", "drop", "clip"], help="broken annotations")
     group.add_argument(
         "--validation_fraction", type=float, default=0.15, help="of train, where there is no validation"

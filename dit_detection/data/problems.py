@@ -28,7 +28,7 @@ REMEDIES = {
     "unusable object": 'each object needs an integer "id", "image_id" and "category_id", and "bbox" as four numbers.',
     "duplicate annotation id": "give each annotation an id of its own, or remove the copy.",
     "unknown image": "remove the annotation, or add its image.",
-    "unknown category": "add the category to the list of categories, or correct the annotation.",
+    "unknown category": "add the category to the list of categories, or to class_names, or correct the annotation.",
     "non-finite box": "correct or remove the box.",
     "empty box": "a box needs a width and a height above 0 pixels: correct or remove it.",
     "box outside the image": "boxes are [x, y, width, height] in pixels: convert corners or fractions, or correct it.",

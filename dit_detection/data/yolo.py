@@ -45,7 +45,8 @@ def read_yolo(
 
     The labels of `…/images/a.jpg` are `…/labels/a.txt`, or else the text file beside it; an image without one has no
     objects. Polygons become the boxes around them. Fractions are of the image with its EXIF orientation applied, as
-    Ultralytics reads it, and boxes are rounded to hundredths of a pixel.
+    Ultralytics reads it, and boxes are rounded to what six digits can say: thousandths of a pixel along sides of up
+    to 666 pixels, hundredths up to 6666.
 
     Args:
         source (`Path`): The folder; then only images in it are read. Or its description, which may point anywhere.
