@@ -354,7 +354,6 @@ def test_compiles_whole_and_not_anew_for_each_size(tiny_model, autoencoders, com
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pixels", "tiny"])
-def test_inductor_equals_the_model(tiny_model, autoencoders, compiled, name):
-    model = tiny_model(**variant(name, autoencoders))
+def test_inductor_equals_the_model(tiny_model, autoencoders, compiled):
+    model = tiny_model(**variant("tiny", autoencoders))
     assert_same_when_compiled(model, compiled(model, "inductor")[0], SIZES_TO_COMPILE[1:3])

@@ -7,7 +7,8 @@ from dit_detection.cost import training_cost
 
 CANVAS = (512, 512)
 NUM_IMAGES, NUM_EPOCHS, NUM_VIEWS, BATCH_SIZE = 1000, 50, 4, 8
-# What a step reaches of FLOP/s: two CPU cores with bf16 instructions, and a data-centre GPU in bf16.
+# FLOP/s of a step: what the training rows of the benchmark reach on two CPU cores with bf16 instructions, and an
+# assumption for a data-centre GPU in bf16, on which nothing was timed.
 SPEEDS = {"2 cores, 0.2 TFLOP/s": 0.2e12, "GPU, 200 TFLOP/s": 200e12}
 
 # facebook/DiT-XL-2-256 up to the deepest default tap, behind the Stable Diffusion VAE.
@@ -50,7 +51,12 @@ def table() -> str:
                     f"{cost.frozen_flops / 1e9:,.0f} + {cost.trained_flops / 1e9:,.0f}",
                     f"{memory / 1e9:.1f} GB",
                     disk,
-                    *(f"{flops / speed / 3600:.2g}" for speed in SPEEDS.values()),
+                    *(_hours(flops / speed) for speed in SPEEDS.values()),
                 ]
             )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _hours(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:.0f}" if hours >= 10 else f"{hours:.2g}"
