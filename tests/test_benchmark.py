@@ -26,6 +26,7 @@ def tiny_sizes(monkeypatch):
     backbone.random_dit.cache_clear()
 
 
+@pytest.mark.slow
 def test_every_row_of_the_backbone_and_of_bf16_runs(tiny_sizes):
     settings = Settings(repeats=1)
     rows = [row for group in (backbone, precision) for row in group.rows(settings) if "load" not in row.name]

@@ -100,6 +100,7 @@ def onnx_file(checkpoint, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_onnx_equals_the_model_at_every_size(checkpoint, onnx_file):
     model = AutoModelForObjectDetection.from_pretrained(checkpoint)
     image_processor = DiTDetectionImageProcessor.from_pretrained(checkpoint)
@@ -120,6 +121,7 @@ def test_onnx_equals_the_model_at_every_size(checkpoint, onnx_file):
             torch.testing.assert_close(outputs["boxes"][index][found], expected["boxes"])
 
 
+@pytest.mark.slow
 def test_onnx_tells_how_it_is_used(checkpoint, onnx_file):
     session = onnxruntime.InferenceSession(str(onnx_file))
     metadata = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
@@ -142,6 +144,7 @@ def test_onnx_tells_how_it_is_used(checkpoint, onnx_file):
     ]
 
 
+@pytest.mark.slow
 def test_post_processing_equals_that_of_the_image_processor(onnx_file, tmp_path):
     """The second half of the graph alone, on outputs that a detector seldom has."""
     half = tmp_path / "half.onnx"
@@ -189,6 +192,7 @@ def test_the_command_writes_a_program_that_equals_the_model(checkpoint, tmp_path
         assert_close(outputs, AutoModelForObjectDetection.from_pretrained(checkpoint)(**inputs))
 
 
+@pytest.mark.slow
 def test_the_command_fails_on_a_file_that_computes_something_else(tiny_model, onnx_file, tmp_path, monkeypatch):
     model = tiny_model(**SMALLEST)
     with torch.no_grad():
@@ -341,9 +345,8 @@ def assert_same_when_compiled(model, compiled, sizes):
             assert_close(compiled(**inputs), model(**inputs))
 
 
-@pytest.mark.parametrize(
-    "name", ["single_scale", *(pytest.param(n, marks=pytest.mark.slow) for n in ("pixels", "kl"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["single_scale", "pixels", "kl"])
 def test_compiles_whole_and_not_anew_for_each_size(tiny_model, autoencoders, compiled, name):
     model = tiny_model(**variant(name, autoencoders))
     compiled_model, counter = compiled(model, "eager")

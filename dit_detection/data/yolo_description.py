@@ -166,7 +166,7 @@ def _resolve(entry: str, bases: Iterable[Path], root: Path | None, file: Path) -
     inside = [path for path in paths if root is None or path.is_relative_to(os.path.normpath(root))]
     if not inside:
         raise InvalidDatasetError(
-            f"{file}: {entry!r:.80} leads out of the data set's folder {root}. Write paths relative to the file, or "
+            f"{file}: {entry!r:.300} leads out of the data set's folder {root}. Write paths relative to the file, or "
             "pass the description itself in place of the folder, if you trust it."
         )
     return next((path for path in inside if os.path.exists(path)), inside[0])
