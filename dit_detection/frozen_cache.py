@@ -1,17 +1,10 @@
-"""
-What the frozen part of a detector makes of each image, computed once and kept on disk.
+"""What the frozen part of a detector makes of each image, computed once and kept on disk."""
 
-Shape letters: B images, S states, D width, h w token grid.
-"""
-
-import hashlib
-import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,95 +12,20 @@ import datasets
 import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 from torch.utils import data
 from tqdm import tqdm
 
 from .data import DetectionDataset, collate_detection
+from .frozen_dataset import FEATURES, FrozenDataset
+from .frozen_key import frozen_key
 from .model.modeling_dit_detection import DiTForObjectDetection
 
 logger = logging.getLogger(__name__)
 
 # A shard is what an interruption loses at most, and what one process writes at a time.
 SHARD_BYTES = 256 * 2**20
-
-FEATURES = Features(
-    {
-        "states": Value("large_binary"),
-        "labels": {
-            "image_id": List(Value("int64")),
-            "class_labels": List(Value("int64")),
-            "boxes": List(List(Value("float32"), length=4)),
-            "area": List(Value("float32")),
-            "iscrowd": List(Value("int64")),
-            "orig_size": List(Value("int64")),
-            "size": List(Value("int64")),
-        },
-    }
-)
-
-# Of the configuration, what the frozen part's outputs depend on beside its weights.
-CONFIG_FIELDS = (
-    "patch_size",
-    "pretrained_grid",
-    "num_attention_heads",
-    "hidden_act",
-    "attention_norm_eps",
-    "mlp_norm_eps",
-    "out_indices",
-    "latent_encoder",
-)
-
-
-class FrozenDataset(data.Dataset[dict[str, Any]]):
-    """
-    A [`DetectionDataset`] whose images went through the frozen part already. Made by `cache_frozen`.
-
-    Entries have `frozen_states` `(S, h, w, D)` and `num_frozen_layers`, or `latents` `(in_channels, H', W')`, and
-    `labels`; epoch e shows view e modulo `num_views`, as the data set it was made of.
-
-    Args:
-        shards (`Sequence[Path]`): Arrow files; together `num_views` times all images, view by view.
-        shape (`Sequence[int]`), dtype (`torch.dtype`): Of one entry's states.
-        num_frozen_layers (`int`): Blocks that the states stand for; 0 for latents.
-        num_views (`int`): Views of each image.
-    """
-
-    def __init__(
-        self, shards: Sequence[Path], shape: Sequence[int], dtype: torch.dtype, num_frozen_layers: int, num_views: int
-    ) -> None:
-        tables = [datasets.Dataset.from_file(str(shard)) for shard in shards]  # memory-mapped
-        self.cached = datasets.concatenate_datasets(tables).with_format("arrow")
-        self.shape = tuple(shape)
-        self.dtype = dtype
-        self.num_frozen_layers = num_frozen_layers
-        self.num_views = num_views
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # see DetectionDataset
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._epoch.share_memory_()
-
-    def __len__(self) -> int:
-        return len(self.cached) // self.num_views
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        view = int(self._epoch) % self.num_views
-        row = self.cached[view * len(self) + range(len(self))[index]]
-        buffer = np.frombuffer(row["states"][0].as_buffer(), dtype=np.uint8)
-        states = torch.from_numpy(buffer.copy()).view(self.dtype).view(self.shape)  # the file's pages are read-only
-        stored = row["labels"][0].as_py()
-        labels = {name: torch.tensor(values, dtype=_torch_dtype(name)) for name, values in stored.items()}
-        labels["boxes"] = labels["boxes"].reshape(-1, 4)
-        if self.num_frozen_layers == 0:
-            return {"latents": states, "labels": labels}
-        return {"frozen_states": states, "num_frozen_layers": self.num_frozen_layers, "labels": labels}
-
-    def set_epoch(self, epoch: int) -> None:
-        """Show the view of this epoch from now on, in running workers too."""
-        self._epoch.fill_(epoch)
 
 
 def cache_frozen(
@@ -142,8 +60,9 @@ def cache_frozen(
     """
     num_views = _num_views(dataset)
     shape, num_frozen_layers = states_shape(model, dataset.image_processor)
-    folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
-    folder = folder / _fingerprint(model, num_frozen_layers, dataset, num_views, dtype)
+    if cache_dir is None:
+        cache_dir = Path(datasets.config.HF_DATASETS_CACHE) / "dit_detection_frozen"
+    folder = Path(cache_dir) / frozen_key(model, num_frozen_layers, dataset, num_views, dtype)
 
     bytes_per_row = int(np.prod(shape)) * dtype.itemsize
     num_rows = num_views * len(dataset)
@@ -155,6 +74,8 @@ def cache_frozen(
     missing = [index for index in range(len(shards)) if not _is_whole(shards[index], sizes[index])]
 
     state = PartialState()
+    # All must have looked before one writes: from different lists they would share the work out differently.
+    state.wait_for_everyone()
     if missing:
         _check_disk(folder, sum(sizes[index] for index in missing) * bytes_per_row, num_rows * bytes_per_row)
         mine = missing[state.process_index :: state.num_processes]
@@ -180,11 +101,6 @@ def cache_frozen(
             "be one that all of them see: name it with frozen_cache_dir."
         )
     return FrozenDataset(shards, shape, dtype, num_frozen_layers, num_views)
-
-
-def default_cache_dir() -> Path:
-    """Where frozen states are kept unless a folder is named."""
-    return Path(datasets.config.HF_DATASETS_CACHE) / "dit_detection_frozen"
 
 
 def states_shape(model: DiTForObjectDetection, image_processor: Any) -> tuple[tuple[int, ...], int]:
@@ -315,51 +231,3 @@ def _check_disk(folder: Path, num_missing_bytes: int, num_bytes: int) -> None:
             "Cache fewer views (--num_views) or a smaller canvas (--image_size), name another disk "
             "(--frozen_cache_dir), or train without --cache_frozen."
         )
-
-
-def _fingerprint(
-    model: DiTForObjectDetection, num_frozen_layers: int, dataset: DetectionDataset, num_views: int, dtype: torch.dtype
-) -> str:
-    """A name for everything that the cached rows depend on."""
-    digest = hashlib.blake2b(digest_size=16)
-    config, augmentation = model.config.to_dict(), dataset.augmentation
-    image_processor: Any = dataset.image_processor
-    settings = {
-        "config": {name: config[name] for name in CONFIG_FIELDS},
-        "num_frozen_layers": num_frozen_layers,
-        "image_processor": image_processor.to_dict(),
-        "augmentation": None if augmentation is None else vars(augmentation),
-        "seed": dataset.seed if augmentation is not None else None,
-        "num_views": num_views,
-        "dtype": str(dtype),
-        "versions": {name: version(name) for name in ("dit_detection", "torchvision", "pillow")},
-    }
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, weight in _frozen_weights(model, num_frozen_layers):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    for row in dataset.rows:
-        image = row.pop("image")
-        if image["bytes"] is not None:
-            digest.update(image["bytes"])
-        else:
-            status = os.stat(image["path"])
-            digest.update(f"{image['path']} {status.st_size} {status.st_mtime_ns}".encode())
-        digest.update(json.dumps(row, sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def _frozen_weights(model: DiTForObjectDetection, num_frozen_layers: int) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of the weights before the first one that is trained."""
-
-    def is_frozen(name: str) -> bool:
-        part, _, rest = name.removeprefix("backbone.").partition(".")
-        if part == "layers":
-            return int(rest.partition(".")[0]) < num_frozen_layers
-        return part == "latent_encoder" or (part == "patch_embedding" and num_frozen_layers > 0)
-
-    return ((name, weight) for name, weight in model.model.state_dict().items() if is_frozen(name))
-
-
-def _torch_dtype(label: str) -> torch.dtype:
-    return torch.float32 if label in ("boxes", "area") else torch.int64

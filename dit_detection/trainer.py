@@ -15,7 +15,8 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from .data import DetectionDataset, EpochCallback, RepeatFactorSampler, collate_detection, repeat_factors_of
-from .frozen_cache import FrozenDataset, cache_frozen
+from .frozen_cache import cache_frozen
+from .frozen_dataset import FrozenDataset
 from .metrics import CocoMetric
 from .model.labels import pad_labels
 from .model_card import DetectionModelCardData, create_model_card

@@ -20,6 +20,7 @@ from dit_detection import (
 )
 from dit_detection.data import collate_detection, draw_shapes_dataset
 from dit_detection.frozen_cache import cache_frozen, states_shape
+from dit_detection.frozen_dataset import FrozenDataset
 
 LATENTS = {
     "latent_encoder": {
@@ -252,6 +253,34 @@ def test_an_interrupted_cache_goes_on_where_it_stopped(make_model, rows, tmp_pat
         assert torch.equal(again[index]["frozen_states"], states[index])
 
 
+def test_processes_share_the_work_by_the_same_list(make_model, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(frozen_cache, "SHARD_BYTES", 4 * 32 * 16 * 4)
+    model, dataset = make_model(1), make_dataset(rows)
+
+    class Process:
+        """One of two; the other one, as fast as it can be, writes its share as soon as this one lets it pass."""
+
+        num_processes, is_local_main_process = 2, False
+
+        def __init__(self, index):
+            self.process_index = index
+            self.waits = 0
+
+        def wait_for_everyone(self):
+            self.waits += 1
+            if self.process_index == 1 and self.waits == 1:
+                first = Process(0)
+                first.waits = 1
+                monkeypatch.setattr(frozen_cache, "PartialState", lambda: first)
+                with pytest.raises(OSError, match="was written by another process, but is not here"):
+                    cache_frozen(model, dataset, cache_dir=tmp_path)
+
+    second = Process(1)
+    monkeypatch.setattr(frozen_cache, "PartialState", lambda: second)
+    cached = cache_frozen(model, dataset, cache_dir=tmp_path)
+    assert second.waits == 2 and len(cached) == 9
+
+
 def test_a_full_disk_is_found_before_the_work_begins(make_model, rows, tmp_path, monkeypatch):
     model = make_model(2)
     counts = count_encoded(model, monkeypatch)
@@ -307,7 +336,7 @@ def test_training_from_the_cache_is_training_without_it(make_model, rows, tmp_pa
     assert len(losses) == 9 and len(set(losses)) == 9
     assert cached_losses == pytest.approx(losses, abs=1e-6, rel=1e-6)
     assert cached_eval_losses == pytest.approx(eval_losses, abs=1e-6, rel=1e-6)
-    assert isinstance(trainer.train_dataset, frozen_cache.FrozenDataset)
+    assert isinstance(trainer.train_dataset, FrozenDataset)
     # Data that come later are seen as they are.
     metrics = trainer.evaluate(make_dataset(rows, "validation", augment=False))
     assert metrics["eval_loss"] == pytest.approx(eval_losses[-1], abs=1e-6, rel=1e-6)

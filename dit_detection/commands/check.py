@@ -23,6 +23,7 @@ from ..data.problems import ProblemLog
 from ..data.reader import read_detection_dataset
 from ..data.row_format import class_names_of
 from ..data.statistics import SplitTable, describe_split, read_table
+from ..frozen_cache import canvas_of
 from ..model.configuration_dit_detection import DiTDetectionConfig
 from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
 from ..small_dit import DETECTORS
@@ -115,8 +116,7 @@ def _read_settings(args: argparse.Namespace) -> tuple[dict[str, AnchorSetting], 
             return {f"{args.model}, a DiT": _setting(overrides)}, canvas
         if config.model_type == DiTDetectionConfig.model_type:
             # Training goes on with the detector's own canvas, whatever --image_size says.
-            size = DiTDetectionImageProcessor.from_pretrained(args.model).size
-            canvas = size["max_height"], size["max_width"]
+            canvas = canvas_of(DiTDetectionImageProcessor.from_pretrained(args.model))
             return {args.model: _setting(config.to_dict() | overrides)}, canvas
         raise ValueError(f"--model {args.model} is a {config.model_type}, neither a DiT of diffusers nor a detector.")
     random_dit = args.random_dit or "small"

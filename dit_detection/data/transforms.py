@@ -19,6 +19,25 @@ ImageProcessor = Callable[..., Mapping[str, Any]]
 COLUMNS = ["image", "image_id", "width", "height", "objects"]
 
 
+class SharedEpoch:
+    """The number of the epoch, in shared memory: workers that outlive an epoch have to hear of the next."""
+
+    def __init__(self) -> None:
+        self._number = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._number.share_memory_()  # plain pickling and copying put it into ordinary memory
+
+    def get(self) -> int:
+        """The epoch, 0 before the first `set`."""
+        return int(self._number)
+
+    def set(self, epoch: int) -> None:
+        """Tell this process and its workers."""
+        self._number.fill_(epoch)
+
+
 class DetectionDataset(data.Dataset[dict[str, Any]]):
     """
     What a model is fed: `pixel_values` `(3, H, W)`, `labels` and, if the image processor makes it, `pixel_mask`
@@ -57,12 +76,7 @@ class DetectionDataset(data.Dataset[dict[str, Any]]):
         self.augmentation = augmentation
         self.seed = _checked_seed(seed)
         self.num_views = num_views
-        # In shared memory: workers that outlive an epoch have to hear of the next.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._epoch.share_memory_()  # plain pickling and copying put it into ordinary memory
+        self._epoch = SharedEpoch()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -78,12 +92,12 @@ class DetectionDataset(data.Dataset[dict[str, Any]]):
     @property
     def view(self) -> int:
         """The view that this epoch shows."""
-        epoch = int(self._epoch)
+        epoch = self._epoch.get()
         return epoch if self.num_views is None else epoch % self.num_views
 
     def set_epoch(self, epoch: int) -> None:
         """Show the view of this epoch from now on, in running workers too. `DetectionTrainer` calls it."""
-        self._epoch.fill_(epoch)
+        self._epoch.set(epoch)
 
     def get_view(self, index: int, view: int) -> dict[str, Any]:
         """
@@ -139,14 +153,10 @@ class DetectionIterableDataset(data.IterableDataset[dict[str, Any]]):
         self.image_processor = image_processor
         self.augmentation = augmentation
         self.seed = _checked_seed(seed)
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._epoch.share_memory_()
+        self._epoch = SharedEpoch()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        epoch = int(self._epoch)
+        epoch = self._epoch.get()
         for row in self.rows:
             if self.augmentation is None:
                 yield _encode(self.image_processor, row["image_id"], read_image(row), row["objects"])
@@ -157,7 +167,7 @@ class DetectionIterableDataset(data.IterableDataset[dict[str, Any]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle and augment as in this epoch from now on, in running workers too."""
-        self._epoch.fill_(epoch)
+        self._epoch.set(epoch)
         self.rows.set_epoch(epoch)
 
 
