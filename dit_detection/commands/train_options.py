@@ -23,7 +23,7 @@ EMBEDDED_JOB = {
 RANDOM_WEIGHTS = {"learning_rate": 1e-3, "layer_decay": 1.0}
 
 
-# Views of each image that --cache_frozen keeps: a wider choice than plain flips, at 4 times the disk.
+# Views of each image that --cache_frozen keeps unless --num_views says: disk and time to fill it grow with them.
 VIEWS_IN_CACHE = 4
 
 
