@@ -2,6 +2,7 @@
 
 import platform
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -121,6 +122,7 @@ class DetectionTrainer(Trainer):
                     f"on, got {type(train_dataset).__name__}: images are drawn by the classes in its rows."
                 )
             self._repeat_factors = repeat_factors_of(train_dataset.rows, self.args.repeat_factor_threshold)
+        self._minutes_before, self._started = 0.0, None
         # What the model card should say beyond what the trainer knows: fields of `DetectionModelCardData`.
         self.card_facts: dict[str, Any] = {}
 
@@ -130,7 +132,17 @@ class DetectionTrainer(Trainer):
             self.train_dataset = self._without_frozen_part(self.train_dataset)  # type: ignore[has-type]
             if self.args.eval_strategy != "no":
                 self.eval_dataset = self._without_frozen_part(self.eval_dataset)  # type: ignore[has-type]
+        self._started = time.monotonic()
         return super().train(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer.log`, with the minutes of training so far, those before an interruption included."""
+        if self._started is not None:
+            # The history of a run that goes on is that of its checkpoint.
+            if not self._minutes_before and self.state.log_history:
+                self._minutes_before = self.state.log_history[-1].get("minutes", 0.0)
+            logs["minutes"] = round(self._minutes_before + (time.monotonic() - self._started) / 60, 2)
+        super().log(logs, start_time)
 
     def _without_frozen_part(self, dataset: Any) -> Any:
         """The data set after the frozen part; dicts of evaluation sets one by one."""
