@@ -2,8 +2,9 @@
 
 import sys
 
-from .commands import check, convert, evaluate, export, predict, preview, train
+from .commands import check, convert, demo, evaluate, export, predict, preview, push, serve, train
 from .data import InvalidDatasetError
+from .safe_trainer import TrainingStoppedError
 
 COMMANDS = {
     "check": check,
@@ -11,7 +12,10 @@ COMMANDS = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "demo": demo,
+    "serve": serve,
     "export": export,
+    "push": push,
     "convert": convert,
 }
 
@@ -23,8 +27,11 @@ Object detection on Diffusion Transformers (DiT).
   preview    annotated images → a picture of what the model is fed in training
   train      annotated images → a trained detector, its mAP and pictures of what it sees
   evaluate   a detector on annotated images → COCO metrics
-  predict    a detector on images → boxes as JSON, and pictures
+  predict    a detector on any number of images → boxes as JSON, COCO, YOLO or Parquet, and pictures
+  demo       a detector on a page in the browser, or as the folder of a Hugging Face Space
+  serve      a detector behind HTTP: images in, boxes out
   export     a detector → an ONNX file or a torch.export program, compared with the detector
+  push       a detector → a repository of the Hugging Face Hub
   convert    a DiT checkpoint of diffusers → a detector whose head is yet to be trained
 
 `dit-detect COMMAND --help` lists the options of a command.
@@ -42,6 +49,6 @@ def main() -> None:
         sys.exit(2)
     try:
         COMMANDS[arguments[0]].main(arguments[1:])
-    except InvalidDatasetError as error:
+    except (InvalidDatasetError, TrainingStoppedError) as error:
         # The report is for the one who has the data; where in our code it was raised says nothing to them.
         sys.exit(f"dit-detect {arguments[0]}: {error}")

@@ -85,7 +85,12 @@ def cache_frozen(
             for first in range(starts[index], starts[index] + sizes[index], batch_size)
         ]
         loader = data.DataLoader(
-            _Views(dataset), batch_sampler=batches, num_workers=num_workers, collate_fn=collate_detection
+            _Views(dataset),
+            batch_sampler=batches,
+            num_workers=num_workers,
+            collate_fn=collate_detection,
+            # It draws a seed. Not from the global one: training is the same whether the cache was there or not.
+            generator=torch.Generator(),
         )
         progress = tqdm(
             loader, desc="Caching the frozen part", unit="batch", disable=not state.is_local_main_process, leave=False

@@ -180,8 +180,8 @@ class CocoMetric(evaluate.Metric):
             id2label = {label: str(label) for label in labels}
         else:
             id2label = dict(sorted(self.id2label.items()))
-        precision, recall = _precision_and_recall(len(pairs), list(id2label), found, truth, self.max_detections)
-        return _summary(precision, recall, _class_keys(id2label), self.max_detections)
+        result = run_evaluator(len(pairs), list(id2label), found, truth, self.max_detections).eval or {}
+        return _summary(result["precision"], result["recall"], _class_keys(id2label), self.max_detections)
 
 
 def _image_id(example: Mapping[str, Any], role: str) -> int:
@@ -239,18 +239,24 @@ def _columns(images: Sequence[bytes], names: Sequence[str]) -> dict[str, NDArray
     return columns
 
 
-def _precision_and_recall(
+def run_evaluator(
     num_images: int,
-    labels: list[int],
+    labels: Sequence[int],
     found: Mapping[str, NDArray[Any]],
     truth: Mapping[str, NDArray[Any]],
-    max_detections: list[int],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    max_detections: Sequence[int],
+    iou_thresholds: Sequence[float] | None = None,
+) -> hotcoco.COCOeval:
     """
-    Run the COCO evaluator, the only place that knows which library it is.
+    Run the COCO evaluator, `evaluate` and `accumulate`; no other place knows how it is fed.
 
-    Returns:
-        `tuple` of the interpolated precision `(T, R, C, A, D)` and the highest recall `(T, C, A, D)`; -1: undefined.
+    Args:
+        num_images (`int`): N.
+        labels (`Sequence[int]`): The C classes.
+        found (`Mapping`): Columns of the detections: `image` (1 to N), `boxes` (xywh), `scores`, `labels`.
+        truth (`Mapping`): Columns of the objects: `image`, `boxes`, `labels`, `area`, `iscrowd`.
+        max_detections (`Sequence[int]`): Limits per image and class, rising.
+        iou_thresholds (`Sequence[float]`, *optional*): By default COCO's ten.
     """
     # hotcoco numbers the annotations from 1: the COCO protocol takes a match with annotation 0 for no match.
     ground_truth = hotcoco.COCO.from_arrays(
@@ -266,16 +272,17 @@ def _precision_and_recall(
         np.column_stack([found["image"], found["boxes"], found["scores"], found["labels"]]).astype(float)
     )
     evaluator = hotcoco.COCOeval(ground_truth, detections, "bbox")
-    evaluator.params.max_dets = max_detections
+    evaluator.params.max_dets = list(max_detections)
+    if iou_thresholds is not None:
+        evaluator.params.iou_thrs = list(iou_thresholds)
     evaluator.evaluate()
     evaluator.accumulate()
-    result = evaluator.eval or {}
-    return result["precision"], result["recall"]
+    return evaluator
 
 
 def _summary(
-    precision: NDArray[np.float64],  # (T, R, C, A, D)
-    recall: NDArray[np.float64],  # (T, C, A, D)
+    precision: NDArray[np.float64],  # (T, R, C, A, D), interpolated; -1: undefined
+    recall: NDArray[np.float64],  # (T, C, A, D), the highest
     class_keys: Sequence[str],
     max_detections: Sequence[int],
 ) -> dict[str, float]:

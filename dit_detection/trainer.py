@@ -1,26 +1,27 @@
 """The HF Trainer for detection: learning rates per depth, exact mAP at any batch size and process count."""
 
-import platform
 import re
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import EvalPrediction, Trainer, TrainingArguments
-from transformers.trainer_utils import TrainOutput
+from transformers import EarlyStoppingCallback, EvalPrediction, TrainingArguments
+from transformers.trainer_utils import BestRun, TrainOutput
 
+from .adapters import detector_of
+from .card_trainer import CardTrainer
 from .data import DetectionDataset, EpochCallback, RepeatFactorSampler, collate_detection, repeat_factors_of
+from .detection_report import ImageDetections
+from .ema import EmaCallback
 from .frozen_cache import cache_frozen
 from .frozen_dataset import FrozenDataset
+from .global_batch import match_global_batch
+from .hp_search import eval_map, hp_space
 from .metrics import CocoMetric
-from .model.labels import pad_labels
-from .model_card import DetectionModelCardData, create_model_card
+from .safe_trainer import NonFiniteLossError, SafeTrainer
 
 # Fills what is ragged up to a rectangle; the value that Trainer itself pads with across batches and processes.
 PADDING = -100
@@ -42,6 +43,10 @@ class DetectionTrainingArguments(TrainingArguments):
             `datasets`.
         repeat_factor_threshold (`float`, *optional*): Images with a class that is in a smaller share of the training
             images than this come several times per epoch, in the same view; see [`repeat_factors_of`]. Off by default.
+        ema_decay (`float`, *optional*): Evaluate, save and end with moving averages of the weights, such as 0.999; see
+            [`EmaCallback`]. Off by default.
+        early_stopping_patience (`int`, *optional*): Stop when this many evaluations in a row have not been better than
+            the best in `metric_for_best_model`. Off by default.
     """
 
     backbone_learning_rate: float | None = field(
@@ -63,6 +68,13 @@ class DetectionTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Repeat images of classes that less than this share of the images have."}
     )
 
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Evaluate and save moving averages of the weights: 0.999. Default: off."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after this many evaluations that were not the best. Default: never."}
+    )
+
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of neck and head."})
     weight_decay: float = field(default=0.05, metadata={"help": "AdamW's; never on biases, norms and layer scales."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
@@ -75,8 +87,15 @@ class DetectionTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint's weights."})
     metric_for_best_model: str | None = field(default="map", metadata={"help": "What the best checkpoint is best in."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of that is better."})
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "After an interruption, early stopping goes on counting where it was."}
+    )
+    # A step that is not finite ends the training; to look at every loss once more would cost time.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Not needed: such steps are not taken."})
     # Trainer drops the columns that the model's forward does not name; before the transform has made those.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the transform needs all."})
+    # Every weight that trains has a gradient, if only of zeros: to look for those without would cost time per step.
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Not needed: all are used."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,7 +105,7 @@ class DetectionTrainingArguments(TrainingArguments):
             self.accelerator_config.dispatch_batches = False
 
 
-class DetectionTrainer(Trainer):
+class DetectionTrainer(CardTrainer, SafeTrainer):
     """
     Trains and evaluates a [`DiTForObjectDetection`]. Used as any `Trainer`; `processing_class` is the image processor.
 
@@ -113,6 +132,10 @@ class DetectionTrainer(Trainer):
         kwargs.setdefault("compute_metrics", self._compute_coco_metrics)
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         self.add_callback(EpochCallback())
+        if self.args.ema_decay is not None:
+            self.add_callback(EmaCallback(self.args.ema_decay))
+        if self.args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
         self._repeat_factors = None
         train_dataset = kwargs.get("train_dataset")
         if self.args.repeat_factor_threshold is not None and train_dataset is not None:
@@ -122,9 +145,6 @@ class DetectionTrainer(Trainer):
                     f"on, got {type(train_dataset).__name__}: images are drawn by the classes in its rows."
                 )
             self._repeat_factors = repeat_factors_of(train_dataset.rows, self.args.repeat_factor_threshold)
-        self._minutes_before, self._started = 0.0, None
-        # What the model card should say beyond what the trainer knows: fields of `DetectionModelCardData`.
-        self.card_facts: dict[str, Any] = {}
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`; with `args.cache_frozen` the frozen part first runs over the data sets, once."""
@@ -132,17 +152,20 @@ class DetectionTrainer(Trainer):
             self.train_dataset = self._without_frozen_part(self.train_dataset)  # type: ignore[has-type]
             if self.args.eval_strategy != "no":
                 self.eval_dataset = self._without_frozen_part(self.eval_dataset)  # type: ignore[has-type]
-        self._started = time.monotonic()
         return super().train(*args, **kwargs)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer.log`, with the minutes of training so far, those before an interruption included."""
-        if self._started is not None:
-            # The history of a run that goes on is that of its checkpoint.
-            if not self._minutes_before and self.state.log_history:
-                self._minutes_before = self.state.log_history[-1].get("minutes", 0.0)
-            logs["minutes"] = round(self._minutes_before + (time.monotonic() - self._started) / 60, 2)
-        super().log(logs, start_time)
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[..., dict[str, Any]] = hp_space,
+        compute_objective: Callable[[dict[str, float]], float] = eval_map,
+        n_trials: int = 20,
+        direction: str = "maximize",
+        **kwargs: Any,
+    ) -> BestRun:
+        """As `Trainer.hyperparameter_search`; by default the recipe's knobs ([`hp_space`]) for the best last mAP."""
+        if kwargs.get("backend") in (None, "optuna"):
+            kwargs.setdefault("catch", (NonFiniteLossError,))  # which ends a trial, but not the search
+        return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, **kwargs)
 
     def _without_frozen_part(self, dataset: Any) -> Any:
         """The data set after the frozen part; dicts of evaluation sets one by one."""
@@ -151,7 +174,7 @@ class DetectionTrainer(Trainer):
         if isinstance(dataset, FrozenDataset):
             return dataset
         return cache_frozen(
-            self.model,
+            detector_of(self.model),
             dataset,
             dtype=torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32,
             cache_dir=self.args.frozen_cache_dir,
@@ -173,10 +196,18 @@ class DetectionTrainer(Trainer):
             self.optimizer = optimizer_cls(parameter_groups(model, self.args), **optimizer_kwargs)
         return self.optimizer
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.compute_loss`, on labels of one shape: a compiled model sees no new number of objects."""
-        labels = pad_labels(inputs["labels"], self.model.config.num_labels)
-        return super().compute_loss(model, {**inputs, "labels": labels}, *args, **kwargs)
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """The batches of a step, anchors matched, and how many are in all processes: what the loss is divided by."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        batches, num_matched = match_global_batch(self.model, batches, self.accelerator)
+        if self.args.average_tokens_across_devices:
+            num_matched = self.accelerator.reduce(num_matched, reduction="sum")
+        # DataParallel, which one process with several GPUs gets, gives each of them an element.
+        return batches, num_matched.expand(self.args.n_gpu) if self.args.n_gpu > 1 else num_matched
 
     def prediction_step(
         self,
@@ -211,49 +242,14 @@ class DetectionTrainer(Trainer):
             (_pad_rows(targets, max(len(rows) for rows in targets)), image_ids),
         )
 
-    def create_model_card(self, model_name: str | None = None, **facts: Any) -> None:
-        """
-        Write the model card, `README.md` in the output folder, from what happened. `push_to_hub` calls this.
-
-        Args:
-            model_name (`str`, *optional*): By default the name of the output folder.
-            facts: Fields of [`DetectionModelCardData`]; they go before `card_facts`, and those before what the trainer
-                knows. Without `metrics`, those of the validation epoch whose weights the model has are taken.
-        """
-        if not self.is_world_process_zero():
-            return
-        folder = Path(self.args.output_dir)
-        known: dict[str, Any] = {
-            "model_name": model_name or folder.resolve().name,
-            "config": self.model.config,
-            "base_model": self.model.config.base_model,
-            "seed": self.args.seed,
-            "hardware": _hardware(),
-            "versions": {name: version(name) for name in ("torch", "transformers", "diffusers", "dit_detection")},
-            "hyperparameters": {
-                "epochs": self.args.num_train_epochs,
-                "images per step": self.args.train_batch_size
-                * self.args.world_size
-                * self.args.gradient_accumulation_steps,
-                "learning rate": self.args.learning_rate,
-                "weight decay": self.args.weight_decay,
-                "precision": "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32",
-            },
-        }
-        epochs = [entry for entry in self.state.log_history if "eval_map" in entry]
-        if epochs:
-            best = [entry for entry in epochs if entry["step"] == self.state.best_global_step]
-            metrics = (best if best and self.args.load_best_model_at_end else epochs)[-1]
-            known["metrics"] = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-            known["metrics_split"] = "validation"
-        create_model_card(DetectionModelCardData(**{**known, **self.card_facts, **facts})).save(folder / "README.md")
-
     def _compute_coco_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Trainer's gathered rectangles → COCO metrics."""
         (detections, losses), (targets, image_ids) = prediction.predictions, prediction.label_ids
         metric = CocoMetric(self.model.config.id2label, keep_in_memory=True)
+        images = []
         for found, expected, image_id in zip(detections, targets, image_ids[:, 0].tolist(), strict=True):
             found, expected = found[found[:, 5] != PADDING], expected[expected[:, 4] != PADDING]
+            images.append(ImageDetections(image_id, found, expected))
             metric.add(
                 prediction={"image_id": image_id, "boxes": found[:, :4], "scores": found[:, 4], "labels": found[:, 5]},
                 reference={
@@ -264,6 +260,7 @@ class DetectionTrainer(Trainer):
                     "area": expected[:, 6],
                 },
             )
+        self.remember_images(images)
         return {"loss": float(losses.mean()), **metric.compute()}
 
 
@@ -289,12 +286,6 @@ def parameter_groups(model: nn.Module, args: DetectionTrainingArguments) -> list
         decay = args.weight_decay if parameter.ndim > 1 else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
-
-
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def _target_rows(labels: Mapping[str, Tensor]) -> Tensor:

@@ -1,5 +1,6 @@
 """Pictures of detections, of annotations and of a training run."""
 
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -8,11 +9,11 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 # Neighbours differ in hue and lightness, so that the first few stay apart for colour-blind readers too.
-_PALETTE = (
+PALETTE = (
     *("#0b6cf0", "#f5a300", "#00a878", "#e5352b", "#8e44d6", "#00b8d9", "#d6197c", "#7a9e00", "#ff7043", "#3f4fb5"),
     *("#a0643c", "#00796b", "#ffd21f", "#b23ac2", "#5b6b7b", "#4caf50", "#c2185b", "#4f9cf9", "#9c7b00", "#7e57c2"),
 )
-_INK, _PAPER, _GREY = "#1f2328", "#ffffff", "#57606a"
+INK, PAPER, GREY = "#1f2328", "#ffffff", "#57606a"
 
 _Rectangle = tuple[int, int, int, int]  # the first and last column and row it covers, as left, top, right, bottom
 
@@ -121,7 +122,7 @@ def draw_grid(
     caption_height = 0 if captions is None else round(1.8 * font.size)
     width = max(cell.width for cell in cells)
     heights = [max(cell.height for cell in row) + caption_height for row in rows]
-    grid = Image.new("RGB", (len(rows[0]) * (width + gap) + gap, sum(heights) + gap * (len(rows) + 1)), _PAPER)
+    grid = Image.new("RGB", (len(rows[0]) * (width + gap) + gap, sum(heights) + gap * (len(rows) + 1)), PAPER)
     draw = ImageDraw.Draw(grid)
     top = gap
     for row_number, (row, height) in enumerate(zip(rows, heights, strict=True)):
@@ -131,7 +132,7 @@ def draw_grid(
             if captions is not None:
                 text = _shortened(captions[row_number * columns + column], font, width)
                 middle = (left + width / 2, top + height - caption_height / 2)
-                draw.text(middle, text, fill=_INK, font=font, anchor="mm")
+                draw.text(middle, text, fill=INK, font=font, anchor="mm")
         top += height + gap
     return grid
 
@@ -151,7 +152,6 @@ def plot_history(log_history: Sequence[Mapping[str, Any]]) -> Image.Image:
         ValueError: If there is nothing to plot.
     """
     # Here, because matplotlib is slow to import and the other functions do without it.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -171,21 +171,31 @@ def plot_history(log_history: Sequence[Mapping[str, Any]]) -> Image.Image:
 
     # Without pyplot, which would pick a backend for the whole process and keep the figure alive.
     figure = Figure(figsize=(4.8 * len(curves), 3.2), dpi=150, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     for axes, (title, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
-        for color, (name, points) in zip(_PALETTE, lines.items(), strict=False):
+        for color, (name, points) in zip(PALETTE, lines.items(), strict=False):
             # A short run has points rather than a curve.
             marker = "o" if len(points) < 30 else None
             axes.plot(*zip(*points, strict=True), color=color, label=name, marker=marker, markersize=3)
-        axes.set_title(title, fontsize=10, color=_INK, loc="left")
-        axes.set_xlabel("epoch", fontsize=9, color=_GREY)
-        axes.tick_params(labelsize=8, colors=_GREY)
+        axes.set_title(title, fontsize=10, color=INK, loc="left")
+        axes.set_xlabel("epoch", fontsize=9, color=GREY)
+        axes.tick_params(labelsize=8, colors=GREY)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(bottom=0, top=1 if title != "Loss" else None)
         axes.grid(color="#d8dee4", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
-    canvas.draw()
+    return render(figure)
+
+
+def render(figure: Any) -> Image.Image:
+    """A matplotlib figure as an image in RGB: its pixels alone, nothing that tells versions or dates."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    with warnings.catch_warnings():
+        # Letters that its font has not, in names of classes, become boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
+        canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
@@ -202,7 +212,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 def _color(label: str, class_names: Sequence[str] | None) -> str:
     # Python's own hash() of a string changes from process to process.
     index = zlib.crc32(label.encode()) if class_names is None else list(class_names).index(label)
-    return _PALETTE[index % len(_PALETTE)]
+    return PALETTE[index % len(PALETTE)]
 
 
 def _visible(box: Any, image_size: tuple[int, int]) -> _Rectangle | None:
@@ -219,7 +229,7 @@ def _outline(draw: ImageDraw.ImageDraw, rectangle: _Rectangle, color: str, width
         draw.rectangle(rectangle, outline=color, width=width)
         return
     # White between the dashes keeps the outline closed to the eye on any background.
-    draw.rectangle(rectangle, outline=_PAPER, width=width)
+    draw.rectangle(rectangle, outline=PAPER, width=width)
     left, top, right, bottom = rectangle
     dash, period = 4 * width, 7 * width
     for start in range(left, right, period):
@@ -264,10 +274,10 @@ def _tag(
     *,
     hollow: bool,
 ) -> None:
-    draw.rectangle(place, fill=_PAPER if hollow else color, outline=color)
+    draw.rectangle(place, fill=PAPER if hollow else color, outline=color)
     red, green, blue = ImageColor.getrgb(color)[:3]
     is_light = 0.299 * red + 0.587 * green + 0.114 * blue > 150
-    ink = _INK if hollow or is_light else _PAPER
+    ink = INK if hollow or is_light else PAPER
     draw.text((sum(place[0::2]) / 2, sum(place[1::2]) / 2), text, fill=ink, font=font, anchor="mm")
 
 

@@ -1,8 +1,8 @@
 """
-A detector on images → boxes as JSON, and pictures.
+A detector on any number of images → boxes as JSON, COCO, YOLO or Parquet, and pictures.
 
-    python scripts/predict.py my-detector photo.jpg
-    python scripts/predict.py my-detector folder/of/images --output_dir out --threshold 0.5
+    python scripts/predict.py my-detector photo.jpg folder/of/images --output_dir out --threshold 0.5
+    accelerate launch scripts/predict.py my-detector folder/of/images --output_dir out --format parquet
 """
 
 import sys

@@ -70,3 +70,30 @@ def random_labels():
         }
 
     return make
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub of this test's own, which `huggingface_hub` in this process talks to, with a write token of "someone"."""
+    import huggingface_hub
+    import transformers.utils.hub
+    from hub_server import HubServer
+    from huggingface_hub import constants
+
+    with HubServer() as server:
+        for name, value in {
+            "ENDPOINT": server.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "hub_cache"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_TELEMETRY": True,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_PROGRESS_BARS": True,
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        # Made on import and on first use, with the endpoint of that time.
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.endpoint)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
+        monkeypatch.setenv("HF_TOKEN", server.WRITE)
+        yield server
+        huggingface_hub.close_session()

@@ -1,8 +1,13 @@
+import dataclasses
+import json
+import re
+
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
+from dit_detection.detection_report import ClassReport, DetectionReport
 from dit_detection.metrics import CocoMetric
 from dit_detection.model_card import DetectionModelCardData, create_model_card
 
@@ -15,6 +20,17 @@ METRICS = {
 }
 
 
+REPORT = DetectionReport(
+    threshold=0.37,
+    classes=[
+        ClassReport("WBC", 71, 70, 5, 0.972, [1.0, 0.972]),
+        ClassReport("RBC", 805, 600, 200, 0.85, [1.0, 0.85]),
+        ClassReport("Platelets", 0, 0, 0),
+    ],
+    confusion=[[0, 0, 70], [1, 1, 600], [3, 1, 200], [1, 3, 205]],
+)
+
+
 def full_data(**changes):
     data = {
         "model_name": "dit-bccd",
@@ -23,17 +39,24 @@ def full_data(**changes):
         "base_model": "facebook/DiT-XL-2-256",
         "dataset_name": "BCCD",
         "dataset_id": "someone/bccd",
-        "dataset_fingerprint": "a1b2c3",
+        "fingerprints": {"train": "a1b2c3", "test": "d4e5f6"},
         "split_sizes": {"train": 205, "test": 72},
         "class_counts": {"train": {"WBC": 214, "RBC": 2381, "Platelets": 9}, "test": {"WBC": 71, "RBC": 805}},
         "metrics": METRICS,
+        "threshold": 0.37,
+        "threshold_split": "validation",
+        "report": REPORT,
         "command": "dit-detect train --data bccd",
         "seed": 0,
         "minutes": 15.25,
         "hardware": "1 H100",
         "versions": {"torch": "2.15.0", "transformers": "5.23.0"},
         "hyperparameters": {"learning_rate": 1e-4},
+        "history": [{"epoch": 1.0, "loss": 2.0}],
         "sample_picture": "sample.png",
+        "worst_picture": "worst.png",
+        "curves_picture": "curves.png",
+        "confusion_picture": "confusion.png",
         "history_picture": "history.png",
         "limits": ["Many red cells of the test split are not annotated."],
     }
@@ -90,11 +113,19 @@ def test_text_says_what_happened():
         "On the `test` split of [BCCD](https://huggingface.co/datasets/someone/bccd) (72 images), by COCO's protocol:",
         "| mAP, IoU 0.50 to 0.95 | 0.506 |",
         "| mAR, the best 100 per image and class | 0.610 |",
-        "| WBC | 71 | 0.812 |",
+        "| class | objects | mAP | AP, IoU 0.50 | precision | recall |",
+        "| WBC | 71 | 0.812 | 0.972 | 0.933 | 0.986 |",
+        "The confidence threshold is **0.37** (chosen on the `validation` split for the highest F1 at IoU 0.50, "
+        "counted over the detections of all classes together). Detections above it have, at IoU 0.50, precision "
+        "**0.766** and recall **0.765** on the `test` split.",
+        "![Precision over recall of each class at IoU 0.50; the dots are at the threshold](curves.png)",
+        "![Confusion matrix](confusion.png)",
+        "![Worst images of dit-bccd](worst.png)",
         "Without objects in this split, and so without a result: Platelets.",
         "![Detections of dit-bccd](sample.png)",
         "![Loss and mean average precision over the epochs](history.png)",
-        "- Fingerprint of the data: `a1b2c3`",
+        "- Fingerprint of the data: train `a1b2c3`, test `d4e5f6` (of all annotations, and of each image's file the "
+        "length and the 4096 bytes in its middle)",
         "- Seed: 0",
         "- Duration: 15.2 minutes",
         "- Versions: torch 2.15.0, transformers 5.23.0",
@@ -109,14 +140,113 @@ def test_text_says_what_happened():
     assert "2212.09748" in text
 
 
-def test_usage_is_code_that_compiles_and_names_the_model():
-    text = create_model_card(full_data()).text
+def code_blocks(text):
     blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
-    assert len(blocks) == 2
     for block in blocks:
         compile(block, "card", "exec")
-    assert '"someone/dit-bccd"' in blocks[0] and "trust_remote_code=True" in blocks[0] and "revision=" in blocks[0]
-    assert "trust_remote_code" not in blocks[1] and "from dit_detection import" in blocks[1]
+    return blocks
+
+
+def test_usage_is_code_that_compiles_and_names_the_model():
+    three_lines, by_hand, with_package = code_blocks(create_model_card(full_data()).text)
+    for block in (three_lines, by_hand):
+        assert '"someone/dit-bccd"' in block and "trust_remote_code=True" in block and "revision=" in block
+    assert "trust_remote_code" not in with_package and "from dit_detection import" in with_package
+    assert 'pipeline("object-detection"' in three_lines
+    assert all("threshold=0.37" in block for block in (three_lines, by_hand, with_package))
+
+
+def test_without_the_code_beside_it_only_the_package_can_use_it():
+    text = create_model_card(full_data(has_code=False)).text
+    assert len(code_blocks(text)) == 1 and "trust_remote_code" not in text
+
+
+def test_an_adapter_names_its_base():
+    card = create_model_card(full_data(adapter_of="someone/base", license="mit", tags=["lora"]))
+    data = card.data.to_dict()
+    assert (data["library_name"], data["base_model"]) == ("peft", "someone/base")
+    assert data["base_model_relation"] == "adapter" and "lora" in data["tags"]
+    (block,) = code_blocks(card.text)
+    assert "load_detector(name" in block and '"someone/dit-bccd"' in block
+    assert "[someone/base](https://huggingface.co/someone/base)" in card.text
+
+
+def test_a_threshold_that_nobody_chose_is_called_so():
+    chosen_here = create_model_card(full_data(threshold_split="test")).text
+    assert "which are the better for it" in chosen_here
+    not_chosen = create_model_card(full_data(threshold_split=None)).text
+    assert "not chosen on data" in not_chosen
+    assert "threshold=0.50" in create_model_card(DetectionModelCardData(model_name="tiny", config=CONFIG)).text
+
+
+NASTY = [
+    "a|b",
+    "*bold* `code`",
+    "<b>&amp;</b>",
+    "$x$ ~~y~~",
+    "_private_",
+    "[link](x)",
+    'quote"\\',
+    "two\nlines",
+    "\N{SNOWMAN}\U0001f600",
+    "x" * 300,
+    "{{ config }}",
+    "- item",
+]
+
+
+def test_names_of_classes_and_models_stay_what_they_are():
+    names = dict(enumerate(NASTY))
+    data = full_data(
+        config={"id2label": names, "timestep": None},
+        model_name='a|b"c',
+        repo_id=None,
+        command="train ```x```",
+        dataset_name="<script>",
+        metrics={"map": 0.5, **{f"map_{name}": 0.25 for name in NASTY}},
+        class_counts={"test": dict.fromkeys(NASTY, 3)},
+        report=DetectionReport(0.37, [ClassReport(name, 3, 1, 1, 0.5, [0.5]) for name in NASTY], [[0, 0, 12]]),
+    )
+    card = create_model_card(data)
+    rows = [line for line in card.text.splitlines() if line.startswith("| ") and line.endswith("| 0.500 | 0.333 |")]
+    assert len(rows) == len(NASTY)
+    for row, name in zip(rows, NASTY, strict=True):
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", row)][1:-1]
+        assert len(cells) == 6
+        assert re.sub(r"\\([\W_])", r"\1", cells[0]) == " ".join(name.split())
+    assert "<script>" not in card.text.replace("\\<script\\>", "")
+    assert len(code_blocks(card.text)) == 3 and "````bash" in card.text
+    assert str(ModelCard(str(card))) == str(card)
+
+
+def test_saved_state_makes_the_same_card(tmp_path):
+    for number, data in enumerate(
+        [
+            full_data(),
+            full_data(base_model=str(tmp_path / "DiT-XL-2-256" / "transformer")),
+            DetectionModelCardData(model_name="t", config=CONFIG),
+            full_data(metrics={"map": np.float32(0.5)}, hyperparameters={"path": tmp_path}),
+        ]
+    ):
+        path = tmp_path / f"{number}.json"
+        data.save(path)
+        again = DetectionModelCardData.load(path)
+        assert str(create_model_card(again)) == str(create_model_card(data))
+        assert again.report == data.report
+        again.save(tmp_path / "again.json")
+        assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
+
+
+def test_saved_state_keeps_every_field_and_strings_as_they_are(tmp_path):
+    path = tmp_path / "card.json"
+    full_data(limits=["[\n1,\n2]", "[ 1,  2 ]"]).save(path)
+    values = json.loads(path.read_text())
+    assert set(values) == {field.name for field in dataclasses.fields(DetectionModelCardData)}
+    assert values["limits"] == ["[\n1,\n2]", "[ 1,  2 ]"]
+    assert "[ 1.0, 0.972 ]" in path.read_text()
+    path.write_text('{"model_name": 1}')
+    with pytest.raises(ValueError, match=r"card\.json is not the saved state of a model card"):
+        DetectionModelCardData.load(path)
 
 
 def test_sections_without_data_are_left_out():
@@ -140,6 +270,7 @@ def test_sections_without_data_are_left_out():
         ({"seed": 0}, "## How it was trained", "- Seed: 0"),
         ({"command": "python train.py"}, "## How it was trained", "python train.py"),
         ({"history_picture": "h.png"}, "## How it was trained", "(h.png)"),
+        ({"worst_picture": "w.png"}, "## Sample", "(w.png)"),
         ({"sample_picture": "s.png"}, "## Sample", "(s.png)"),
         ({"license": "mit"}, "## Licence", "The weights are under `mit`"),
     ],

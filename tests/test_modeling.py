@@ -1,18 +1,12 @@
 import copy
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
+from transformers import AutoConfig, AutoModel, AutoModelForObjectDetection
 from transformers.image_processing_utils import BatchFeature
 
 from dit_detection import (
@@ -589,130 +583,3 @@ def test_what_a_checkpoint_lacks_starts_as_if_built_anew(tiny_model, tmp_path):
     assert all((norm.weight == 1).all() and (norm.bias == 0).all() for norm in reloaded.model.backbone.tap_norms)
     assert (reloaded.neck.mix.weight == 0).all()
     assert_fresh(reloaded.head.class_predictor)
-
-
-FRESH_PROCESS = """
-import importlib.abc, json, sys
-from pathlib import Path
-
-class Blocked(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "dit_detection":
-            raise ImportError("blocked")
-
-sys.meta_path.insert(0, blocked := Blocked())
-try:
-    import dit_detection
-except ImportError:
-    pass
-else:
-    raise SystemExit("the package can be imported")
-
-import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
-
-folder, results = Path(sys.argv[1]), {}
-image = Image.open(folder / "image.png")
-annotations = [json.loads((folder / "annotation.json").read_text())]
-
-def run(where, **trust):
-    model = AutoModelForObjectDetection.from_pretrained(where, **trust)
-    processor = AutoImageProcessor.from_pretrained(where, **trust)
-    inputs = processor(image, annotations=annotations, return_tensors="pt")
-    outputs = model(**inputs)
-    (detections,) = processor.post_process_object_detection(outputs, 0.3, [image.size[::-1]])
-    return model, processor, {
-        "module": type(model).__module__,
-        "pixel_values": inputs["pixel_values"],
-        "loss": outputs.loss,
-        "logits": outputs.logits,
-        "pred_boxes": outputs.pred_boxes,
-        "detections": detections,
-    }
-
-model, processor, results["without"] = run(folder, trust_remote_code=True)
-detector = pipeline("object-detection", model=str(folder), trust_remote_code=True)
-results["pipeline"] = detector(image, threshold=0.3)
-results["batch"] = detector([image, image.convert("L")], threshold=0.3, batch_size=2)
-for part in (model, processor):
-    part.save_pretrained(folder / "again")
-_, _, results["again"] = run(folder / "again", trust_remote_code=True)
-
-sys.meta_path.remove(blocked)
-import dit_detection
-_, _, results["with"] = run(folder)
-torch.save(results, folder / "results.pt")
-"""
-
-
-@pytest.fixture(scope="module")
-def fresh_process(tiny_model, tmp_path_factory):
-    """The folder of a saved model, what it gives here, and what it gave in another process."""
-    folder = tmp_path_factory.mktemp("saved")
-    model = tiny_model(prior_probability=0.2, id2label={0: "red", 1: "white", 2: "platelet"}, **LATENTS)
-    processor = DiTDetectionImageProcessor(size=64, nms_threshold=0.4)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 80, 3), dtype=np.uint8))
-    image.save(folder / "image.png")
-    annotation = {"image_id": 1, "annotations": [{"bbox": [10, 10, 30, 30], "category_id": 1}]}
-    (folder / "annotation.json").write_text(json.dumps(annotation))
-    inputs = processor(image, annotations=[annotation], return_tensors="pt")
-    with torch.no_grad():
-        outputs = model(**inputs)
-    (detections,) = processor.post_process_object_detection(outputs, 0.3, [(48, 80)])
-    here = {
-        "pixel_values": inputs["pixel_values"],
-        "loss": outputs.loss,
-        "logits": outputs.logits,
-        "pred_boxes": outputs.pred_boxes,
-        "detections": detections,
-    }
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", FRESH_PROCESS, str(folder)], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, here, torch.load(folder / "results.pt", weights_only=True)
-
-
-@pytest.mark.parametrize("how", ["with", "without", "again"])
-def test_another_process_gives_the_same_with_and_without_the_package(fresh_process, how):
-    _, here, results = fresh_process
-    there = results[how]
-    module = there.pop("module")
-    assert module.startswith("dit_detection." if how == "with" else "transformers_modules.")
-    assert len(here["detections"]["scores"]) > 3
-    for key, expected in here.items():
-        torch.testing.assert_close(there[key], expected, rtol=0, atol=0, msg=key)
-
-
-def test_the_pipeline_gives_the_same_boxes(fresh_process):
-    _, here, results = fresh_process
-    found = here["detections"]
-    expected = [
-        {
-            "score": score,
-            "label": ["red", "white", "platelet"][label],
-            "box": dict(zip(("xmin", "ymin", "xmax", "ymax"), map(int, box), strict=True)),
-        }
-        for score, label, box in zip(*(found[key].tolist() for key in ("scores", "labels", "boxes")), strict=True)
-    ]
-    assert results["pipeline"] == expected
-    assert len(results["batch"]) == 2
-    assert [item["box"] for item in results["batch"][0]] == [item["box"] for item in expected]
-
-
-def test_saved_folders_carry_all_the_code(fresh_process):
-    folder, _, _ = fresh_process
-    source = Path(sys.modules[DiTForObjectDetection.__module__].__file__).parent
-    code = {path.name for path in source.glob("*.py")} - {"__init__.py"}
-    for saved in (folder, folder / "again"):
-        assert {path.name for path in saved.glob("*.py")} == code
-        for name in code:
-            assert (saved / name).read_text() == (source / name).read_text()
-        auto_map = json.loads((saved / "config.json").read_text())["auto_map"]
-        assert auto_map["AutoModelForObjectDetection"].endswith("modeling_dit_detection.DiTForObjectDetection")
-    assert AutoImageProcessor.from_pretrained(folder).nms_threshold == 0.4

@@ -1,9 +1,3 @@
-import json
-import os
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
 from torch import nn
@@ -148,48 +142,3 @@ def test_trains_keeps_the_best_and_writes_its_card(make_trainer, tmp_path):
 def test_without_an_image_processor_the_error_says_what_it_is_for():
     with pytest.raises(ValueError, match="processing_class, the image processor"):
         DetectionTrainer(nn.Linear(1, 1))
-
-
-EVALUATION = """
-    import json, sys
-    import torch
-    from dit_detection import (DetectionDataset, DetectionTrainer, DetectionTrainingArguments,
-        DiTDetectionImageProcessor, DiTForObjectDetection)
-    from dit_detection.data import draw_shapes_dataset
-
-    torch.set_num_threads(1)
-    processor = DiTDetectionImageProcessor(size=64)
-    trainer = DetectionTrainer(
-        DiTForObjectDetection.from_pretrained(sys.argv[1]),
-        DetectionTrainingArguments(sys.argv[1], use_cpu=True, per_device_eval_batch_size=2, disable_tqdm=True),
-        processing_class=processor,
-        eval_dataset=DetectionDataset(draw_shapes_dataset(0, 7, 0, image_size=(48, 64))["validation"], processor),
-    )
-    metrics = trainer.evaluate()
-    if trainer.is_world_process_zero():
-        json.dump(metrics, open(sys.argv[2], "w"))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_measure_what_one_does(tiny_model, tmp_path):
-    names = dict(enumerate(id2label_of(draw_shapes_dataset(1, 0, 0, image_size=64)).values()))
-    label2id = {name: label for label, name in names.items()}
-    tiny_model(num_labels=5, id2label=names, label2id=label2id).save_pretrained(tmp_path)
-    script = tmp_path / "evaluation.py"
-    script.write_text(textwrap.dedent(EVALUATION))
-    results = []
-    for count in (1, 2):
-        target = tmp_path / f"{count}.json"
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--standalone"]
-        subprocess.run(
-            [*launcher, str(script), str(tmp_path), str(target)],
-            check=True,
-            timeout=300,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        results.append(json.loads(target.read_text()))
-    for name in results[0].keys() - TIMES:
-        assert results[1][name] == pytest.approx(results[0][name], abs=1e-6), name

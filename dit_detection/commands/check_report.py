@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..data.findings import Example, Finding
-from ..data.image_reading import DECODING_ERRORS, decode_image, to_rgb
+from ..data.image_reading import DECODING_ERRORS, decode_image, read_image, to_rgb
 from ..data.statistics import SplitTable
 from ..visualize import draw_detections, draw_grid
 
@@ -184,8 +184,7 @@ def _draw(examples: Sequence[Example], tables: Mapping[str, SplitTable]) -> Imag
 
 def _open(example: Example, tables: Mapping[str, SplitTable]) -> Image.Image:
     if example.image is not None:
-        with Image.open(example.image) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+        return read_image(example.image, max_pixels=None)
     row = tables[str(example.split)].dataset[example.row]
     return to_rgb(decode_image(row["image"], row["width"], row["height"]))
 

@@ -1,4 +1,4 @@
-"""A DiT checkpoint of diffusers → a detector whose neck and head are yet to be trained."""
+"""A DiT of diffusers → a detector whose neck and head are yet to be trained; an adapter → the detector it makes."""
 
 import argparse
 import json
@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers import AutoImageProcessor
 
+from ..adapters import is_adapter, load_detector
 from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
 from ..model.modeling_dit_detection import DiTForObjectDetection
 
@@ -15,7 +17,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the job: writes the detector and tells what became of the weights."""
     parser = argparse.ArgumentParser(prog="dit-detect convert", description=__doc__)
     parser.add_argument(
-        "source", help="Hub id or folder: a DiT pipeline (facebook/DiT-XL-2-256) or a bare transformer"
+        "source",
+        help="Hub id or folder: a DiT pipeline (facebook/DiT-XL-2-256) or a bare transformer; or an adapter, which is "
+        "merged into its base and takes no options",
     )
     parser.add_argument("output_dir", help="folder of the detector")
     parser.add_argument("--vae", default="auto", help="'auto', Hub id or folder of the autoencoder, or 'none'")
@@ -26,6 +30,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: that of the source")
     parser.add_argument("--config_overrides", type=json.loads, default={}, help="more of DiTDetectionConfig, as JSON")
     args = parser.parse_args(argv)
+
+    if is_adapter(args.source):
+        if vars(args) != vars(parser.parse_args([args.source, args.output_dir])):
+            parser.error(f"{args.source} is an adapter: all is settled by its base, and no option can change it.")
+        load_detector(args.source).save_pretrained(args.output_dir)
+        AutoImageProcessor.from_pretrained(args.source).save_pretrained(args.output_dir)
+        print(f"The adapter is merged into its base: {args.output_dir}")
+        return
 
     model = DiTForObjectDetection.from_diffusers(
         args.source,

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoImageProcessor, AutoModelForObjectDetection
+from transformers import AutoImageProcessor
 
+from ..adapters import load_detector
 from ..data import DetectionDataset, load_detection_dataset
 from ..data.formats import FORMATS
 from ..trainer import DetectionTrainer, DetectionTrainingArguments
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--output", help="JSON file for the metrics")
     args = parser.parse_args(argv)
 
-    model = AutoModelForObjectDetection.from_pretrained(args.checkpoint)
+    model = load_detector(args.checkpoint)
     # In the order of the checkpoint's labels, whatever order the annotations have.
     class_names = [model.config.id2label[label] for label in range(model.config.num_labels)]
     dataset = load_detection_dataset(

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForObjectDetection
+from transformers import AutoImageProcessor
 
+from ..adapters import load_detector
 from ..export import check_target, export_onnx, export_torch, require_onnx
 
 # Largest difference from the model itself that still passes, in logits and in shares of the image. Rounding in float32
@@ -49,9 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if output.suffix == ".onnx":
             require_onnx("onnxruntime")
         # Flash and flex attention have no exportable operators, and half precision no kernels in onnxruntime.
-        model = AutoModelForObjectDetection.from_pretrained(
-            args.checkpoint, attn_implementation="sdpa", dtype=torch.float32
-        ).eval()
+        model = load_detector(args.checkpoint, attn_implementation="sdpa", dtype=torch.float32).eval()
         image_processor = AutoImageProcessor.from_pretrained(args.checkpoint)
         if output.suffix == ".pt2":
             export_torch(model, output, static_size=static_size)

@@ -1,130 +1,149 @@
-"""A detector on images → boxes as JSON, and pictures."""
+"""A detector on images → boxes as JSON, COCO, YOLO or Parquet, and pictures."""
 
 import argparse
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from PIL import Image, ImageOps
-from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModelForObjectDetection
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from datasets import Dataset, IterableDataset
+from transformers import AutoImageProcessor
 
-from ..data.image_reading import decode_image, to_rgb
-from ..visualize import draw_detections, draw_grid
+from ..adapters import load_detector
+from ..batch_inference import predict_images, settings_of
+from ..batch_predictor import model_class_names
+from ..data import InvalidDatasetError
+from ..data.image_listing import is_dataset, list_images, open_dataset, open_list
+from ..prediction_formats import write_predictions
+from ..prediction_shards import PredictionShards, SettingsChangedError
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+MAX_NAMED = 10  # unreadable images in the message at the end
 
 
-def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Run the job; returns what is written to `predictions.json`."""
-    parser = argparse.ArgumentParser(prog="dit-detect predict", description=__doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the job."""
+    parser = argparse.ArgumentParser(
+        prog="dit-detect predict",
+        description=f"{__doc__} Run again, it goes on where it was stopped; with `accelerate launch` it runs on "
+        "several devices. Exit code 1: done, but some images could not be read; their predictions say why.",
+    )
     parser.add_argument("checkpoint", help="detector: folder or Hub id")
-    parser.add_argument("images", nargs="+", help="image files, or folders of them (searched in depth)")
-    parser.add_argument("--output_dir", default="predictions", help="for predictions.json and the pictures")
+    parser.add_argument(
+        "images", nargs="+", help="image files and folders of them (searched in depth), or one data set of `datasets`"
+    )
+    parser.add_argument("--output_dir", default="predictions", help="for the predictions and what a later run needs")
+    parser.add_argument(
+        "--format",
+        default="json",
+        choices=["json", "coco", "yolo", "parquet"],
+        help="predictions.json with pictures, coco.json, yolo/, or the shards alone, which are always there",
+    )
     parser.add_argument("--threshold", type=float, default=0.3, help="scores must be above it")
-    parser.add_argument("--batch_size", type=int, default=8, help="images at a time")
-    parser.add_argument("--no_pictures", action="store_true", help="write the JSON only")
+    parser.add_argument("--nms_threshold", type=float, help="overlap above which one is dropped; default: the model's")
+    parser.add_argument("--batch_size", type=int, default=8, help="images at a time, on each device")
+    parser.add_argument("--num_workers", type=int, default=2, help="processes that read images, for each device")
+    parser.add_argument("--shard_size", type=int, default=256, help="images per shard: what a kill loses at most")
+    parser.add_argument("--no_pictures", action="store_true", help="draw none")
+    parser.add_argument("--overwrite", action="store_true", help="throw away what is in --output_dir and start afresh")
+    group = parser.add_argument_group("of a data set")
+    group.add_argument("--split", help="needed if there are several")
+    group.add_argument("--revision", help="commit, branch or tag on the Hub")
+    group.add_argument("--streaming", action="store_true", help="read it as it passes, without a copy on this disk")
     args = parser.parse_args(argv)
+    for name in ("batch_size", "shard_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be 1 or more.")
 
-    paths = find_images(args.images)
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    model = AutoModelForObjectDetection.from_pretrained(args.checkpoint).to(device).eval()
-    image_processor = AutoImageProcessor.from_pretrained(args.checkpoint)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-
-    predictions: list[dict[str, Any]] = []
-    for start in tqdm(range(0, len(paths), args.batch_size), unit="batch"):
-        batch = paths[start : start + args.batch_size]
-        images = [_read(path) for path in batch]
-        for path, image, found in zip(
-            batch, images, detect(model, image_processor, images, args.threshold), strict=True
-        ):
-            names = [model.config.id2label[label] for label in found["labels"].tolist()]
-            boxes, scores = found["boxes"].tolist(), found["scores"].tolist()
-            detections = [
-                {"label": name, "score": round(score, 4), "box_xyxy": [round(value, 2) for value in box]}
-                for name, score, box in zip(names, scores, boxes, strict=True)
-            ]
-            width, height = image.size
-            predictions.append({"file": str(path), "width": width, "height": height, "detections": detections})
-            if not args.no_pictures:
-                picture = draw_detections(image, found["boxes"], names, scores)
-                # The place in the list keeps pictures of equal names in different folders apart.
-                picture.save(output_dir / f"{len(predictions) - 1:05d}_{path.stem}.jpg", quality=90)
-    target = output_dir / "predictions.json"
-    target.write_text(json.dumps(predictions, indent=1))
-    print(f"{sum(len(p['detections']) for p in predictions)} detections in {len(paths)} images: {target}")
-    return predictions
-
-
-def find_images(sources: Sequence[str]) -> list[Path]:
-    """Files as they are named, and the images in and below folders, in the order of their names."""
-    paths: list[Path] = []
-    for source in map(Path, sources):
-        if source.is_dir():
-            inside = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-            if not inside:
-                sys.exit(
-                    f"dit-detect predict: the folder {source} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})."
-                )
-            paths += inside
-        elif source.is_file():
-            paths.append(source)
-        else:
-            sys.exit(f"dit-detect predict: there is no file or folder {source}.")
-    return paths
-
-
-def detect(model: Any, image_processor: Any, images: Sequence[Image.Image], threshold: float) -> list[dict[str, Any]]:
-    """Per image `scores` `(M,)`, `labels` `(M,)` and `boxes` `(M, 4)` (xyxy, pixels of that image), on the CPU."""
-    inputs = image_processor(list(images), return_tensors="pt").to(model.device)
-    with torch.inference_mode():
-        outputs = model(**inputs)
-    sizes = [(image.height, image.width) for image in images]
-    results = image_processor.post_process_object_detection(outputs, threshold=threshold, target_sizes=sizes)
-    return [{name: values.cpu() for name, values in result.items()} for result in results]
-
-
-def draw_samples(
-    model: Any, image_processor: Any, dataset: Dataset, num_images: int = 12, threshold: float = 0.3
-) -> Image.Image:
-    """A grid of images, evenly spaced through the data set: dashed the ground truth, solid what the model sees."""
-    model.eval()
-    class_names = [model.config.id2label[label] for label in range(model.config.num_labels)]
-    indices = torch.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).long().tolist()
-    pictures = []
-    for row in _rows(dataset, indices):
-        image = row["image"]
-        found = detect(model, image_processor, [image], threshold)[0]
-        expected = torch.tensor(row["objects"]["bbox"]).reshape(-1, 4)
-        expected[:, 2:] += expected[:, :2]
-        # Enlarged first, or the letters of small images would cover them.
-        scale = max(1.0, 640 / max(image.size))
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-        names = [class_names[label] for label in row["objects"]["category"]]
-        image = draw_detections(image, expected * scale, names, class_names=class_names, ground_truth=True)
-        names = [class_names[label] for label in found["labels"].tolist()]
-        pictures.append(
-            draw_detections(image, found["boxes"] * scale, names, found["scores"], class_names=class_names)
-        )
-    return draw_grid(pictures, columns=4)
-
-
-def _rows(dataset: Dataset, indices: list[int]) -> Iterator[dict[str, Any]]:
-    undecoded = dataset.with_format(None).cast_column("image", type(dataset.features["image"])(decode=False))
-    for index in indices:
-        row = undecoded[index]
-        yield {**row, "image": to_rgb(decode_image(row["image"], row["width"], row["height"]))}
-
-
-def _read(path: Path) -> Image.Image:
+    shards, listing = PredictionShards(output_dir), output_dir / "images.arrow"
+    # Without `cpu`, processes on a machine without a GPU would not know of each other.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    # A process that has done its share waits for the slowest, which may take longer than any other collective call.
+    state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
     try:
-        with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        sys.exit(f"dit-detect predict: {path} cannot be read as an image: {error}. Remove it, or name the others.")
+        if state.is_main_process and args.overwrite:
+            shards.remove()
+        images = _open_images(args, state, listing)
+        model = load_detector(args.checkpoint).to(state.device).eval()
+        image_processor = AutoImageProcessor.from_pretrained(args.checkpoint)
+        pictures = output_dir / "pictures" if args.format == "json" and not args.no_pictures else None
+        if state.is_main_process:
+            shards.start(_settings(args, model, image_processor, images, pictures))
+        state.wait_for_everyone()
+        predict_images(
+            model,
+            image_processor,
+            images,
+            shards,
+            threshold=args.threshold,
+            nms_threshold=args.nms_threshold,
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            shard_size=args.shard_size,
+            pictures=pictures,
+        )
+        state.wait_for_everyone()
+        if state.is_main_process:
+            manifest = shards.finish(len(images) if isinstance(images, Dataset) else None)
+            target = output_dir / "shards"
+            if args.format != "parquet":
+                target = write_predictions(shards, output_dir, args.format, model_class_names(model))
+            by = "" if state.num_processes == 1 else f", by {state.num_processes} processes"
+            print(f"{manifest['num_detections']} detections in {manifest['num_images']} images{by}: {target}")
+            _report_unreadable(shards, manifest["num_unreadable"])
+    except (InvalidDatasetError, SettingsChangedError) as error:
+        parser.error(str(error))
+    finally:
+        if state.is_main_process:
+            listing.unlink(missing_ok=True)
+        state.destroy_process_group()
+
+
+def _open_images(args: argparse.Namespace, state: PartialState, listing: Path) -> Dataset | IterableDataset:
+    if any(map(is_dataset, args.images)):
+        if len(args.images) > 1:
+            raise InvalidDatasetError(f"{', '.join(args.images)}: name one data set, or image files and folders.")
+        with state.main_process_first():  # the others find in the cache what it prepares
+            return open_dataset(args.images[0], args.split, args.revision, args.streaming)
+    if args.streaming or args.split or args.revision:
+        raise InvalidDatasetError("--streaming, --split and --revision are for a data set, not for files and folders.")
+    # By one process, so that a file which appears in the meantime is in the list of all or of none.
+    if state.is_main_process:
+        list_images(args.images, listing)
+    state.wait_for_everyone()
+    return open_list(listing)
+
+
+def _settings(
+    args: argparse.Namespace,
+    model: Any,
+    image_processor: Any,
+    images: Dataset | IterableDataset,
+    pictures: Path | None,
+) -> dict[str, Any]:
+    """What the predictions depend on. Without pictures it does not matter whether an earlier run drew some."""
+    more = {} if pictures is None else {"pictures": True}
+    if isinstance(images, IterableDataset):
+        more |= {"source": args.images, "split": args.split, "revision": args.revision}
+    return settings_of(
+        model,
+        image_processor,
+        images,
+        threshold=args.threshold,
+        nms_threshold=args.nms_threshold,
+        shard_size=args.shard_size,
+        **more,
+    )
+
+
+def _report_unreadable(shards: PredictionShards, count: int) -> None:
+    if count:
+        broken = islice((f"{found['file']} {found['error']}" for found in shards if found["error"]), MAX_NAMED)
+        named = "\n  ".join(broken)
+        sys.exit(f"dit-detect predict: {count} of the images could not be read; their predictions say why:\n  {named}")

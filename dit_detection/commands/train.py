@@ -1,10 +1,7 @@
 """Annotated images → a trained detector, its mAP, and pictures of what it sees."""
 
 import logging
-import shlex
 import sys
-import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +10,10 @@ import datasets
 import torch
 import transformers
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch import nn
 from transformers import AutoConfig, set_seed
 
+from ..adapters import add_lora, detector_of, is_adapter
 from ..data import (
     DetectionAugmentation,
     DetectionDataset,
@@ -28,10 +27,15 @@ from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
 from ..model.modeling_dit_detection import DiTForObjectDetection
 from ..small_dit import DETECTORS, write_small_dit
 from ..trainer import DetectionTrainer, DetectionTrainingArguments
-from ..visualize import plot_history
 from .dry_run import describe_cost
-from .predict import draw_samples
-from .train_options import VIEWS_IN_CACHE, DataArguments, ModelArguments, parse_options, read_json_option
+from .train_options import (
+    VIEWS_IN_CACHE,
+    DataArguments,
+    ModelArguments,
+    parse_options,
+    read_json_option,
+    shown_command,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model, image_processor = _load_model(model_args, dataset, args, overrides)
     if model_args.dry_run:
         if args.process_index == 0:
-            print(describe_cost(model, image_processor, dataset, args, data_args.num_views or VIEWS_IN_CACHE))
+            num_views = data_args.num_views or VIEWS_IN_CACHE
+            print(describe_cost(detector_of(model), image_processor, dataset, args, num_views))
         return {}
     trainer = DetectionTrainer(
         model,
@@ -69,9 +74,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         train_dataset=_training_inputs(dataset["train"], image_processor, augmentation, data_args, args.seed),
         eval_dataset=_inputs(dataset["validation"], image_processor),
     )
-    start = time.monotonic()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    minutes = (time.monotonic() - start) / 60
+    minutes = trainer.state.log_history[-1]["minutes"]
 
     # The split that training never saw, not even to choose the checkpoint.
     held_out = "test" if "test" in dataset else "validation"
@@ -79,56 +83,30 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     trainer.log_metrics(held_out, metrics)
     trainer.save_metrics(held_out, {**metrics, "train_minutes": round(minutes, 2)})
     trainer.save_state()
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        output_dir = Path(str(args.output_dir))
-        samples = dataset[held_out]
-        if data_args.streaming:
-            samples = Dataset.from_list(list(samples.take(12)), features=samples.features)
-        draw_samples(trainer.model, image_processor, samples).save(output_dir / "predictions.jpg", quality=90)
-        plot_history(trainer.state.log_history).save(output_dir / "history.png")
-        trainer.card_facts = {
-            "dataset_name": Path(data_args.dataset).name if data_args.dataset else "drawn shapes",
-            "metrics": {name.removeprefix(f"{held_out}_"): value for name, value in metrics.items()},
-            "metrics_split": held_out,
-            "command": shlex.join(["dit-detect", "train", *argv]),
-            "minutes": minutes,
-            "sample_picture": "predictions.jpg",
-            "history_picture": "history.png",
-            "limits": [] if model_args.model else ["Its DiT began with random weights, not with pretrained ones."],
-        }
-        if not data_args.streaming:
-            trainer.card_facts["split_sizes"] = {split: rows.num_rows for split, rows in dataset.items()}
-            trainer.card_facts["class_counts"] = count_classes(dataset)
-        trainer.create_model_card()
-        logger.info(
-            "%s: map %.3f, map_50 %.3f, after %.1f minutes of training. Detector, metrics, card and pictures: %s",
-            held_out,
-            metrics[f"{held_out}_map"],
-            metrics[f"{held_out}_map_50"],
-            minutes,
-            output_dir,
-        )
-        if model_args.model is None:
-            logger.info(
-                "This DiT began with random weights. Pretrained ones: --model facebook/DiT-XL-2-256 (CC BY-NC 4.0)."
-            )
+    trainer.card_facts = {
+        "dataset_name": Path(data_args.dataset).name if data_args.dataset else "drawn shapes",
+        "command": shown_command(argv),
+        "limits": [] if model_args.model else ["Its DiT began with random weights, not with pretrained ones."],
+    }
     if args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub()  # saves the model and writes the card
+    else:
+        trainer.save_model()
+        trainer.create_model_card()
+    logger.info(
+        "%s: map %.3f, map_50 %.3f, after %.1f minutes of training. Detector, metrics, card and pictures: %s",
+        held_out,
+        metrics[f"{held_out}_map"],
+        metrics[f"{held_out}_map_50"],
+        minutes,
+        args.output_dir,
+    )
+    if model_args.model is None:
+        logger.info(
+            "This DiT began with random weights. Pretrained ones: --model facebook/DiT-XL-2-256 (CC BY-NC 4.0)."
+        )
     trainer.accelerator.end_training()
     return metrics
-
-
-def count_classes(dataset: DatasetDict) -> dict[str, dict[str, int]]:
-    """Objects per split and class name."""
-    names = list(id2label_of(dataset).values())
-    counts = {}
-    for split, rows in dataset.items():
-        labels = Counter(
-            label for objects in rows.select_columns("objects")["objects"] for label in objects["category"]
-        )
-        counts[split] = {name: labels[index] for index, name in enumerate(names)}
-    return counts
 
 
 def _inputs(rows: Dataset | IterableDataset, image_processor: DiTDetectionImageProcessor) -> Any:
@@ -175,11 +153,12 @@ def _load_model(
     dataset: DatasetDict | IterableDatasetDict,
     args: DetectionTrainingArguments,
     overrides: dict[str, Any],
-) -> tuple[DiTForObjectDetection, DiTDetectionImageProcessor]:
+) -> tuple[nn.Module, DiTDetectionImageProcessor]:
     overrides = {"attn_implementation": model_args.attn_implementation} | overrides
     id2label = id2label_of(dataset)
     source = model_args.model
-    if source is not None and _is_detector(source):
+    is_detector = source is not None and _is_detector(source)
+    if is_detector:
         label2id = {name: index for index, name in id2label.items()}
         model = DiTForObjectDetection.from_pretrained(
             source,
@@ -211,10 +190,24 @@ def _load_model(
         image_processor = DiTDetectionImageProcessor(size={"max_height": height, "max_width": width})
     if model_args.freeze_layers is not None:
         model.freeze_backbone(None if model_args.freeze_layers < 0 else model_args.freeze_layers)
+    if model_args.lora_r is not None:
+        if not is_detector or model.config.to_dict() != AutoConfig.from_pretrained(source).to_dict():
+            # An adapter is worth nothing without what it was trained on.
+            model.name_or_path = str(Path(args.output_dir) / "base")
+            with args.main_process_first(desc="writing the base of the adapter"):
+                if args.process_index == 0:
+                    model.save_pretrained(model.name_or_path)
+                    image_processor.save_pretrained(model.name_or_path)
+        return add_lora(model, model_args.lora_r), image_processor
     return model, image_processor
 
 
 def _is_detector(source: str) -> bool:
+    if is_adapter(source):
+        raise ValueError(
+            f"--model {source} is an adapter. To go on from the detector it makes, merge it first: "
+            f"dit-detect convert {source} FOLDER"
+        )
     try:
         return AutoConfig.from_pretrained(source).model_type == "dit_detection"
     except (OSError, ValueError, KeyError):  # a diffusers checkpoint: its config is not one of transformers

@@ -1,13 +1,13 @@
 """The options of `dit-detect train`."""
 
 import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import HfArgumentParser
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..trainer import DetectionTrainingArguments
 
@@ -54,6 +54,13 @@ class ModelArguments:
     )
     freeze_layers: int | None = field(
         default=None, metadata={"help": "Freeze the patch embedding and this many blocks, from the first; -1: all."}
+    )
+    lora_r: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train LoRA matrices of this rank (8, 16, …) beside the frozen weights of all blocks that "
+            "--freeze_layers leaves; neck and head in full. What is saved is a small adapter; needs peft."
+        },
     )
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "sdpa, eager, flash_attention_2, … as in transformers."}
@@ -145,6 +152,8 @@ def parse_options(argv: list[str]) -> tuple[ModelArguments, DataArguments, Detec
     if not _names(argv, "--dataset"):
         parser.set_defaults(**EMBEDDED_JOB)
     model_args, data_args, args = parser.parse_args_into_dataclasses(args=argv)
+    if model_args.dry_run and model_args.lora_r is not None:
+        parser.error("--dry_run does not count --lora_r; without it, it tells what training whole blocks takes: more.")
     if data_args.streaming:
         if args.max_steps <= 0:
             parser.error("--streaming: nobody knows how long a stream is; set --max_steps.")
@@ -160,9 +169,22 @@ def parse_options(argv: list[str]) -> tuple[ModelArguments, DataArguments, Detec
         data_args.num_views = 1
     elif data_args.num_views is None and args.cache_frozen:
         data_args.num_views = VIEWS_IN_CACHE
-    if args.resume_from_checkpoint == "last":
-        args.resume_from_checkpoint = get_last_checkpoint(args.output_dir)
     return model_args, data_args, args
+
+
+def shown_command(argv: list[str]) -> str:
+    """The command for others to repeat: without what resumes it, and without tokens."""
+    shown, is_value = ["dit-detect", "train"], False
+    for argument in argv:
+        name, has_value, _ = argument.partition("=")
+        # As argparse does, in any form that is long enough to be told from the other options.
+        if name.startswith("--") and name[2:].replace("-", "_").startswith(("resume", "hub_t", "push_to_hub_t")):
+            is_value = not has_value
+        elif is_value:
+            is_value = False
+        else:
+            shown.append(argument)
+    return shlex.join(shown)
 
 
 def read_json_option(name: str, text: str) -> dict[str, Any]:

@@ -1,15 +1,33 @@
 """From an encoded image to 8-bit RGB pixels, the way its annotations see it."""
 
 import io
+import os
 import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-# What Pillow raises on files that are damaged, no image, or so large that they are likely an attack.
-DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+# What Pillow raises on files that are damaged (`RuntimeError`: AVIF), no image, or as large as an attack.
+DECODING_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    RuntimeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+# What cameras, scanners and the web write. Pillow goes by a file's content, not by its name, and knows forty more
+# formats; EPS it would hand to Ghostscript, another program.
+Image.init()
+FORMATS: list[str] = [
+    name for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN
+]
+
+MAX_PIXELS = 50_000_000  # of an image from a stranger: 150 MB as RGB; the largest of common cameras
 
 ORIENTATION_TAG = 0x0112
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
@@ -24,7 +42,45 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 def open_encoded(encoded: dict[str, Any]) -> Image.Image:
     """Open an image of a `datasets.Image(decode=False)` column: "bytes" or, where that is `None`, "path"."""
     data = encoded["bytes"]
-    return Image.open(io.BytesIO(data) if data is not None else Path(encoded["path"]))
+    return Image.open(io.BytesIO(data) if data is not None else Path(encoded["path"]), formats=FORMATS)
+
+
+class UnreadableImageError(ValueError):
+    """What cannot be read as an image; the message continues a sentence that begins with the file's name."""
+
+
+def read_image(source: bytes | str | os.PathLike, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
+    """
+    Read an image that may come from a stranger: 8-bit RGB, upright by its EXIF orientation, the first of an animation.
+
+    Args:
+        source (`bytes` or path): An encoded image, or its file.
+        max_pixels (`int`, *optional*): Width times height; more is refused by the header, before pixels are decoded.
+            `None`: Pillow's own bound, twice `PIL.Image.MAX_IMAGE_PIXELS`.
+
+    Raises:
+        UnreadableImageError: It is empty, no image, of a format that is not read here, damaged or too large, or there
+            is no such file.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            width, height = image.size
+            if max_pixels is not None and width * height > max_pixels:
+                raise UnreadableImageError(
+                    f"has {width} x {height} pixels, more than the {max_pixels:,} that are allowed. Make it smaller."
+                )
+            ImageOps.exif_transpose(image, in_place=True)  # loads it; a copy would double the memory
+            return to_rgb(image)
+    except UnreadableImageError:
+        raise
+    except UnidentifiedImageError as error:
+        is_empty = len(source) == 0 if isinstance(source, bytes) else os.path.getsize(source) == 0
+        fault = "is empty" if is_empty else f"is no image of the formats {', '.join(FORMATS)}"
+        raise UnreadableImageError(f"{fault}. Give one that opens in a browser.") from error
+    except Exception as error:  # a damaged image raises whatever its decoder raises
+        raise UnreadableImageError(
+            f"cannot be read as an image: {error}. Give one that opens in a browser."
+        ) from error
 
 
 def decode_image(encoded: dict[str, Any], width: int, height: int) -> Image.Image:

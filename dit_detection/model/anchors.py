@@ -7,6 +7,18 @@ import torch
 from torch import Tensor
 
 
+def feature_shapes_of(token_grid: Sequence[int], token_stride: int, strides: Sequence[int]) -> list[tuple[int, int]]:
+    """(h, w) of each feature map that a neck makes of a grid of tokens; strides double from map to map."""
+    height, width = token_grid
+    shapes: list[tuple[int, int]] = []
+    for stride in strides:
+        if stride <= token_stride:
+            shapes.append((height * token_stride // stride, width * token_stride // stride))
+        else:  # of the one before, by a strided convolution that is padded so that no cell is lost
+            shapes.append(((shapes[-1][0] + 1) // 2, (shapes[-1][1] + 1) // 2))
+    return shapes
+
+
 def make_anchors(
     feature_shapes: Sequence[tuple[int, int]],
     strides: Sequence[int],

@@ -70,12 +70,13 @@ class PatchEmbedding(nn.Module):
         if torch.compiler.is_compiling():
             return self._make_table(height, width, like)
         key = (height, width, like.device, like.dtype)
-        if key not in self._positions:
+        table = self._positions.get(key)  # looked up once: another thread may clear the tables at any time
+        if table is None:
             if len(self._positions) >= 16:  # sets of many image shapes must not fill the memory
                 self._positions.clear()
             with torch.inference_mode(False):  # a tensor made in inference mode could not be trained with later
-                self._positions[key] = self._make_table(height, width, like)
-        return self._positions[key]
+                table = self._positions[key] = self._make_table(height, width, like)
+        return table
 
     def _make_table(self, height: int, width: int, like: Tensor) -> Tensor:
         table = make_positions(height, width, self.projection.out_channels, self.pretrained_grid)

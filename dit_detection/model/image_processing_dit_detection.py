@@ -43,7 +43,7 @@ class DiTDetectionImageProcessor(TorchvisionBackend):
 
     A fixed canvas, because then an image's result does not depend on what it is batched with. `size` may be an `int`
     (a square canvas), `{"max_height", "max_width"}` (any canvas), or another form of transformers' `size`; `pad_size`
-    is the canvas of `size` unless given.
+    is the canvas of `size` unless given. Threads may share one.
     """
 
     valid_kwargs = DiTDetectionImageProcessorKwargs

@@ -67,12 +67,12 @@ def make_targets(labels: Mapping[str, Tensor], sizes: Tensor) -> dict[str, Tenso
     What [`DetectionLoss`] reads.
 
     Args:
-        labels: As `pad_labels` gives them; `iscrowd` may be missing.
+        labels: As `pad_labels` gives them; `iscrowd` may be missing, `matched_idxs` may be there.
         sizes (`torch.Tensor` of shape `(B, 2)`): (height, width) of each image on its canvas, without the padding.
 
     Returns:
         `dict`: On the device of `sizes`, `boxes` `(B, M, 4)` xyxy, input pixels, every side longer than 0;
-        `class_labels` `(B, M)`; `iscrowd` `(B, M)` bool.
+        `class_labels` `(B, M)`; `iscrowd` `(B, M)` bool; `matched_idxs` as it is.
 
     Raises:
         ValueError: If labels and images differ in number.
@@ -85,7 +85,10 @@ def make_targets(labels: Mapping[str, Tensor], sizes: Tensor) -> dict[str, Tenso
     class_labels = labels["class_labels"].to(sizes.device, torch.int64)
     iscrowd = labels.get("iscrowd")
     iscrowd = torch.zeros_like(class_labels) if iscrowd is None else iscrowd.to(sizes.device)
-    return {"boxes": box_cxcywh_to_xyxy(boxes), "class_labels": class_labels, "iscrowd": iscrowd.bool()}
+    targets = {"boxes": box_cxcywh_to_xyxy(boxes), "class_labels": class_labels, "iscrowd": iscrowd.bool()}
+    if "matched_idxs" in labels:
+        targets["matched_idxs"] = labels["matched_idxs"].to(sizes.device)
+    return targets
 
 
 def _pad(tables: list[Tensor], value: float) -> Tensor:

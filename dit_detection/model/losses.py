@@ -28,20 +28,29 @@ class ImageLosses:
     loss_bbox: Tensor
     num_matched: Tensor
 
-    def per_matched_anchor(self) -> dict[str, Tensor]:
+    def per_matched_anchor(self, num_items_in_batch: Tensor | int | None = None) -> dict[str, Tensor]:
         """
-        The batch's losses per matched anchor, counted over all processes.
+        The batch's losses per matched anchor of the global batch.
 
-        Each process divides by the processes' *mean* count: averaging gradients over processes, as DDP and FSDP do,
-        then gives the sum over the global batch divided by its number of matched anchors. A collective call: every
-        process must make it.
+        Averaging gradients over processes, as DDP, FSDP and DeepSpeed do, then gives the sum over all their images
+        divided by the matched anchors of all their images: what one process makes of the same images.
+
+        Args:
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): Matched anchors of everything that makes one
+                optimizer step, all processes and all batches of gradient accumulation. Each process then divides its
+                sum by it, and the caller multiplies by the number of processes, as `Trainer` does. By default this
+                batch is the step: matches are counted over the processes, in a collective call that every process
+                must make, and each divides by their *mean* count.
         """
-        num_matched = self.num_matched.sum().float()
-        num_processes = 1
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(num_matched)
-            num_processes = dist.get_world_size()
-        num_matched = num_matched.clamp(min=1) / num_processes
+        if num_items_in_batch is None:
+            num_matched, num_processes = self.num_matched.sum().float(), 1
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(num_matched)
+                num_processes = dist.get_world_size()
+            num_matched = num_matched.clamp(min=1) / num_processes
+        else:
+            num_matched = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=self.loss_class.device)
+            num_matched = num_matched.clamp(min=1)
         return {"loss_class": self.loss_class.sum() / num_matched, "loss_bbox": self.loss_bbox.sum() / num_matched}
 
     def per_image(self) -> dict[str, Tensor]:
@@ -78,11 +87,14 @@ class DetectionLoss:
             level_sizes (`list[int]`): Anchors of each level.
             valid (`torch.Tensor` of shape `(B, A)`, bool): Anchors outside the padding.
             targets: As `make_targets` gives them: `boxes` `(B, M, 4)` xyxy, input pixels; `class_labels` `(B, M)`,
-                negative in the rows that fill up the rectangle; `iscrowd` `(B, M)` bool. M is at least 1.
+                negative in the rows that fill up the rectangle; `iscrowd` `(B, M)` bool. M is at least 1. Perhaps
+                `matched_idxs` `(B, A)`, what `match` made of them.
         """
         logits, deltas = logits.float(), deltas.float()
-        boxes, class_labels, iscrowd = targets["boxes"], targets["class_labels"], targets["iscrowd"]
-        matched = self.matcher(anchors, level_sizes, boxes, class_labels >= 0, iscrowd, valid)  # (B, A)
+        boxes, class_labels = targets["boxes"], targets["class_labels"]
+        matched = targets.get("matched_idxs")  # (B, A)
+        if matched is None:
+            matched = self.match(anchors, level_sizes, valid, targets)
         is_matched = matched >= 0
         classes = torch.where(is_matched, class_labels.gather(1, matched.clamp(min=0)), matched)  # (B, A)
         return ImageLosses(
@@ -90,6 +102,11 @@ class DetectionLoss:
             loss_bbox=self.config.box_loss_weight * self._box_loss(deltas, anchors, matched, boxes),
             num_matched=is_matched.sum(dim=1),
         )
+
+    def match(self, anchors: Tensor, level_sizes: list[int], valid: Tensor, targets: dict[str, Tensor]) -> Tensor:
+        """`(B, A)`: each anchor's object, `BACKGROUND` or `IGNORE`. It does not depend on what the head predicts."""
+        boxes, exists, iscrowd = targets["boxes"], targets["class_labels"] >= 0, targets["iscrowd"]
+        return self.matcher(anchors, level_sizes, boxes, exists, iscrowd, valid)
 
     def _class_loss(self, logits: Tensor, classes: Tensor) -> Tensor:
         """`(B,)` sums over anchors and classes; `classes` `(B, A)` is negative where there is no object."""

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .anchors import make_anchors
+from .anchors import feature_shapes_of, make_anchors
 from .backbone import DiTAttention, DiTBackbone, DiTLayer
 from .box_coder import BoxCoder
 from .boxes import box_xyxy_to_cxcywh, normalize_boxes
@@ -63,7 +63,8 @@ class DiTObjectDetectionOutput(ModelOutput):
 
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*, with `labels`): The sum of `loss_dict`. In training per
-            matched anchor of the whole batch, over all processes; in eval mode the mean of `loss_per_image`.
+            matched anchor of the whole batch, over all processes (with `num_items_in_batch`: this process's part of
+            that); in eval mode the mean of `loss_per_image`.
         loss_dict (`dict[str, torch.FloatTensor]`, *optional*, with `labels`): `loss_class` and `loss_bbox`, weighted.
         logits (`torch.FloatTensor` of shape `(B, K, num_labels)`): One score per class, before the sigmoid, without a
             "no object" column. In training all anchors; in eval mode at most the best `config.max_candidates`,
@@ -99,8 +100,8 @@ class DiTDetectionPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": DiTLayer, "attentions": DiTAttention}
-    # The loss divides by matched anchors itself; Trainer must not divide by a token count.
-    accepts_loss_kwargs = False
+    # The detector's loss takes `num_items_in_batch`: then Trainer does not divide it by the steps of accumulation.
+    accepts_loss_kwargs = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -211,7 +212,7 @@ class DiTDetectionModel(DiTDetectionPreTrainedModel):
 
 
 class DiTForObjectDetection(DiTDetectionPreTrainedModel):
-    """A Diffusion Transformer with an anchor-based detection head."""
+    """A Diffusion Transformer with an anchor-based detection head. In eval mode, threads may share one."""
 
     def __init__(self, config: DiTDetectionConfig) -> None:
         super().__init__(config)
@@ -303,6 +304,42 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
         """Train the patch embedding and every block. The latent encoder stays frozen."""
         self.model.backbone.requires_grad_(True)
 
+    @torch.no_grad()
+    def match_anchors(
+        self,
+        labels: Mapping[str, Tensor],
+        pixel_values: Tensor | None = None,
+        pixel_mask: Tensor | None = None,
+        *,
+        latents: Tensor | None = None,
+        frozen_states: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Which object each anchor answers for. It follows from labels and shapes: no weights are read.
+
+        With the result as `matched_idxs` among the labels, `forward` does not match them again. So the matched anchors
+        of all batches of an optimizer step can be counted before the first is computed.
+
+        Args:
+            labels: As [`pad_labels`] gives them.
+            pixel_values, pixel_mask, latents, frozen_states: As in `forward`.
+
+        Returns:
+            `torch.Tensor` of shape `(B, A)`, int64: A row of the labels, `BACKGROUND` (-1) or `IGNORE` (-2).
+        """
+        stride, inputs = self.config.token_stride, pixel_values
+        if inputs is not None:
+            canvas = list(inputs.shape[2:])
+            token_grid = [-(-side // stride) for side in canvas]
+        else:
+            inputs, cell = (frozen_states, 1) if latents is None else (latents, self.config.patch_size)
+            token_grid = [side // cell for side in inputs.shape[2:4]]  # type: ignore[union-attr]
+            canvas = [side * stride for side in token_grid]
+        sizes = _image_sizes(canvas, inputs, pixel_mask, labels)  # type: ignore[arg-type]
+        shapes = feature_shapes_of(token_grid, stride, self.config.strides)
+        anchors, level_sizes, valid = self._place_anchors(shapes, sizes)
+        return self.detection_loss.match(anchors, level_sizes, valid, make_targets(labels, sizes))
+
     @can_return_tuple
     def forward(
         self,
@@ -313,6 +350,7 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
         latents: Tensor | None = None,
         frozen_states: Tensor | None = None,
         num_frozen_layers: int = 0,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DiTObjectDetectionOutput:
         r"""
@@ -322,9 +360,12 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
             labels (`list[dict]`, *optional*): Per image `class_labels` `(M,)` and `boxes` `(M, 4)`, cxcywh in [0, 1]
                 relative to the image without padding; optionally `iscrowd` `(M,)`, and `size` `(2,)`, the image's
                 (height, width) on the canvas, which counts where there is no `pixel_mask`. Or the rectangles that
-                [`pad_labels`] makes of them: better for a compiled model, which then does not see M change.
+                [`pad_labels`] makes of them: better for a compiled model, which then does not see M change. These may
+                have `matched_idxs`, of `match_anchors`.
             latents, frozen_states, num_frozen_layers: In the place of `pixel_values`, what
                 [`DiTDetectionModel.encode_frozen`] made of them: the frozen part then costs nothing.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): In training, the matched anchors of all batches
+                of the optimizer step, over all processes: see [`ImageLosses.per_matched_anchor`].
         """
         if labels is not None and not isinstance(labels, Mapping):
             labels = pad_labels(labels, self.config.num_labels)
@@ -340,21 +381,16 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
         logits, deltas = self.head(feature_maps)  # (B, A, num_labels), (B, A, 4)
 
         shapes = [feature_map.shape[-2:] for feature_map in feature_maps]
-        anchors = make_anchors(
-            shapes, self.config.strides, self.config.anchor_sizes, self.config.aspect_ratios, logits.device
-        )  # (A, 4)
         if pixel_values is None:  # made of a canvas that was padded to a whole number of tokens
             token_grid = features.feature_maps.shape[-2:]  # type: ignore[union-attr]
             canvas = [side * self.config.token_stride for side in token_grid]
         else:
             canvas = list(pixel_values.shape[-2:])
         sizes = _image_sizes(canvas, logits, pixel_mask, labels)  # (B, 2)
-        centers = (anchors[:, :2] + anchors[:, 2:]) / 2
-        valid = (centers < sizes.flip(1)[:, None]).all(dim=2)  # (B, A)
+        anchors, level_sizes, valid = self._place_anchors(shapes, sizes)  # (A, 4), per level, (B, A)
 
         losses = None
         if labels is not None:
-            level_sizes = [height * width * self.config.num_anchors_per_cell for height, width in shapes]
             losses = self.detection_loss(logits, deltas, anchors, level_sizes, valid, make_targets(labels, sizes))
 
         # Anchors in the padding never score.
@@ -371,7 +407,7 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
 
         loss_dict = loss_per_image = None
         if losses is not None and self.training:
-            loss_dict = losses.per_matched_anchor()
+            loss_dict = losses.per_matched_anchor(num_items_in_batch)
         elif losses is not None:
             per_image = losses.per_image()
             loss_dict = {name: values.mean() for name, values in per_image.items()}
@@ -386,6 +422,14 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
             hidden_states=features.hidden_states,
             attentions=features.attentions,
         )
+
+    def _place_anchors(self, shapes: list[tuple[int, int]], sizes: Tensor) -> tuple[Tensor, list[int], Tensor]:
+        """Anchors `(A, 4)` of feature maps, how many a level has, and which lie in the images `(B, A)`, not beside."""
+        config = self.config
+        anchors = make_anchors(shapes, config.strides, config.anchor_sizes, config.aspect_ratios, sizes.device)
+        centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+        level_sizes = [height * width * config.num_anchors_per_cell for height, width in shapes]
+        return anchors, level_sizes, (centers < sizes.flip(1)[:, None]).all(dim=2)
 
 
 def _image_sizes(

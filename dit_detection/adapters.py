@@ -1,0 +1,105 @@
+"""LoRA with peft: small matrices beside the frozen weights of the backbone's blocks, and neck and head in full."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import AutoModelForObjectDetection
+from transformers.utils import find_adapter_config_file
+
+from .model.modeling_dit_detection import DiTForObjectDetection
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# The linear layers of a block: attention's, and the perceptron's.
+_LINEARS = r"(attention\.(qkv|projection)|mlp\.(fc1|fc2))"
+
+
+def add_lora(model: DiTForObjectDetection, r: int, *, alpha: int | None = None, dropout: float = 0.0) -> "PeftModel":
+    """
+    Put LoRA on attention and MLP of the backbone's blocks. Neck, head and the taps' norms are trained in full.
+
+    Blocks that [`~DiTForObjectDetection.freeze_backbone`] froze get none, so what they compute can still be cached.
+    All other weights of the backbone are frozen.
+
+    Args:
+        model ([`DiTForObjectDetection`]): Changed in place. `model.name_or_path` is what the adapter names as its
+            base: a folder or Hub id that `from_pretrained` takes.
+        r (`int`): Rank of the matrices.
+        alpha (`int`, *optional*): The product of the two matrices counts `alpha / r` times; by default twice.
+        dropout (`float`): Share of each adapted layer's inputs that the matrices do not see in training.
+
+    Returns:
+        `peft.PeftModel`: `save_pretrained` writes the adapter alone.
+
+    Raises:
+        ImportError: If peft is not installed.
+        ValueError: If `r` is no rank, or every block is frozen.
+
+    Source: LoRA (arXiv 2106.09685).
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError('LoRA takes peft: pip install "dit_detection[lora]"') from error
+
+    if r < 1:
+        raise ValueError(f"r={r} must be at least 1: it is the rank of LoRA's matrices.")
+    backbone = model.model.backbone
+    first, end = backbone.num_frozen_layers(), len(backbone.layers)
+    if first == end:
+        raise ValueError(f"LoRA adapts blocks that are not frozen, but all {end} are. Freeze fewer (--freeze_layers).")
+    blocks = "|".join(str(index) for index in range(first, end))
+    norms = [f"model.backbone.tap_norms.{index}" for index in range(len(backbone.tap_norms))]  # no list can be named
+    config = LoraConfig(
+        r=r,
+        lora_alpha=2 * r if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=rf"model\.backbone\.layers\.({blocks})\.{_LINEARS}",
+        modules_to_save=["neck", "head", *norms],
+    )
+    return get_peft_model(model, config)
+
+
+def detector_of(model: nn.Module) -> DiTForObjectDetection:
+    """The detector inside a `peft.PeftModel`; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
+
+
+def is_adapter(source: str | Path, revision: str | None = None) -> bool:
+    """Whether a folder or Hub id holds an adapter of peft. What is neither is none: its loader says so."""
+    try:
+        return find_adapter_config_file(source, revision=revision) is not None
+    except OSError:
+        return False
+
+
+def load_detector(source: str | Path, *, revision: str | None = None, **kwargs: Any) -> DiTForObjectDetection:
+    """
+    Load a detector; an adapter is merged into its base, and what comes back is a plain detector, as fast as one.
+
+    Args:
+        source (`str` or `Path`): Folder or Hub id of a detector, or of an adapter. A folder `base` beside an adapter
+            goes before the base that the adapter names.
+        revision (`str`, *optional*): Of the Hub id. The base's is named by the adapter.
+        kwargs: For `from_pretrained` of the detector or the base.
+
+    Raises:
+        ImportError: If it is an adapter and peft is not installed.
+        OSError: If it is neither, or an adapter's base cannot be found.
+    """
+    if not is_adapter(source, revision):
+        return AutoModelForObjectDetection.from_pretrained(source, revision=revision, **kwargs)
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise ImportError(f'{source} is an adapter, which takes peft: pip install "dit_detection[lora]"') from error
+
+    config = PeftConfig.from_pretrained(str(source), revision=revision)
+    beside = Path(source) / "base"
+    base = str(beside) if beside.is_dir() else config.base_model_name_or_path
+    if not base:
+        raise OSError(f"{source}/adapter_config.json names no base_model_name_or_path. Write the base's id there.")
+    model = AutoModelForObjectDetection.from_pretrained(base, revision=config.revision, **kwargs)
+    return PeftModel.from_pretrained(model, str(source), revision=revision).merge_and_unload().eval()

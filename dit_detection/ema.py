@@ -1,0 +1,115 @@
+"""Moving averages of the trained weights, which are evaluated, saved and kept in their place."""
+
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+# In the optimizer's state, beside Adam's own averages: checkpoints then hold it like them.
+_SLOT = "ema"
+
+
+class EmaCallback(TrainerCallback):
+    """
+    Averages the trained weights over the steps, `ema = decay * ema + (1 - decay) * weights`.
+
+    The averages take the place of the weights while the model is evaluated and saved, and when training ends; so
+    `model.safetensors` of a checkpoint are averages, the best checkpoint is the one whose averages are best, and
+    training goes on from the weights themselves, which are in the checkpoint's optimizer state. Each process averages
+    the same weights to the same values. What is frozen is left out.
+
+    Args:
+        decay (`float`): Share of the averages that each step keeps. In the first steps less is kept,
+            `(1 + step) / (10 + step)`, so that the initial weights are soon forgotten.
+
+    Raises:
+        ValueError: If `decay` is not between 0 and 1; when training begins, if the weights are sharded over processes.
+
+    Source: Polyak averaging; the warm-up is that of TensorFlow's `ExponentialMovingAverage`.
+    """
+
+    def __init__(self, decay: float) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"ema_decay={decay} must lie between 0 and 1, such as 0.999.")
+        self.decay = decay
+        # Whether the model holds the averages, and the optimizer's state the weights.
+        self.is_swapped = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the averages of a checkpoint, or begin anew."""
+        if args.deepspeed or args.fsdp:
+            raise ValueError("ema_decay needs whole weights on every process: leave out FSDP or DeepSpeed.")
+        states = kwargs["optimizer"].state.values()
+        if state.global_step == 0:
+            for values in states:
+                values.pop(_SLOT, None)
+        self.is_swapped = any(_SLOT in values for values in states)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go on from the weights themselves."""
+        if self.is_swapped:
+            self._swap(kwargs["optimizer"])
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go on from the weights themselves."""
+        if self.is_swapped:
+            self._swap(kwargs["optimizer"])
+
+    @torch.no_grad()
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Average, and give way to what is evaluated or saved."""
+        averages, weights = [], []
+        for weight, values in _states(kwargs["optimizer"]):
+            if _SLOT in values:
+                averages.append(values[_SLOT])
+                weights.append(weight)
+            else:
+                values[_SLOT] = weight.detach().clone()
+        if averages:
+            decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+            get_ema_multi_avg_fn(decay)(averages, weights, None)
+        self.on_epoch_end(args, state, control, **kwargs)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give way to what is evaluated or saved."""
+        if (control.should_evaluate or control.should_save) and not self.is_swapped:
+            self._swap(kwargs["optimizer"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the averages in the model, unless those of the best checkpoint have just been loaded."""
+        has_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        if not has_best and not self.is_swapped:
+            self._swap(kwargs["optimizer"])
+
+    @torch.no_grad()
+    def _swap(self, optimizer: Any) -> None:
+        for weight, values in _states(optimizer):
+            if _SLOT in values:
+                # Copied, not exchanged: a compiled or distributed model keeps the addresses of its weights.
+                before = weight.detach().clone()
+                weight.copy_(values[_SLOT])
+                values[_SLOT].copy_(before)
+        self.is_swapped = not self.is_swapped
+
+
+def _states(optimizer: Any) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+    """
+    Each trained weight with its state.
+
+    Left out are those without: an optimizer sets up what is empty at the weight's first gradient, until which the
+    weight is its own average.
+    """
+    return [(weight, values) for weight, values in optimizer.state.items() if values]

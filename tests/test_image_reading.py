@@ -1,0 +1,178 @@
+import io
+import random
+import struct
+import subprocess
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit_detection.data.image_reading import (
+    DECODING_ERRORS,
+    FORMATS,
+    MAX_PIXELS,
+    UnreadableImageError,
+    open_encoded,
+    read_image,
+)
+
+
+def encode(image, image_format, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def colours(width=40, height=30):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "BMP", "TIFF", "PPM", "WEBP"])
+def test_bytes_and_files_are_read_to_the_pixel(tmp_path, image_format):
+    image = colours()
+    data = encode(image, image_format, **({"lossless": True} if image_format == "WEBP" else {}))
+    (tmp_path / "no suffix").write_bytes(data)
+    for source in (data, tmp_path / "no suffix", str(tmp_path / "no suffix")):
+        assert np.array_equal(read_image(source), image)
+
+
+def test_every_mode_becomes_rgb():
+    deep = Image.fromarray(np.array([[0, 257, 32896, 65535]], dtype=np.uint16))
+    assert np.asarray(read_image(encode(deep, "PNG")))[0, :, 0].tolist() == [0, 1, 128, 255]
+    real = Image.fromarray(np.array([[-1.0, 0.0, 1.0]], dtype=np.float32))
+    assert np.asarray(read_image(encode(real, "TIFF")))[0, :, 1].tolist() == [0, 128, 255]
+    ink = read_image(encode(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "JPEG"))
+    assert ink.mode == "RGB" and ink.getpixel((4, 4))[0] < 40 and min(ink.getpixel((4, 4))[1:]) > 150
+    assert read_image(encode(Image.new("RGBA", (3, 2), (9, 8, 7, 0)), "PNG")).getpixel((0, 0)) == (9, 8, 7)
+    assert read_image(encode(Image.new("1", (3, 2), 1), "PNG")).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_upright_by_its_orientation(image_format):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: what lies at the left of the file belongs at the top
+    image = Image.new("RGB", (40, 20), "red")
+    image.paste("blue", (20, 0, 40, 20))
+    found = read_image(encode(image, image_format, exif=exif))
+    assert found.size == (20, 40)
+    assert found.getpixel((10, 5))[0] > 200 and found.getpixel((10, 35))[2] > 200
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_the_first_of_an_animation(image_format):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
+    data = encode(frames[0], image_format, save_all=True, append_images=frames[1:])
+    red, green, blue = read_image(data).getpixel((8, 8))
+    assert red > 240 and green < 20 and blue < 20
+
+
+def png_that_claims(width, height):
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = b"IDAT" + zlib.compress(b"\0" * 100)
+    chunks = (
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in (header, body)
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def claim(data, offset, layout, *size):
+    return data[:offset] + struct.pack(layout, *size) + data[offset + struct.calcsize(layout) :]
+
+
+GIANTS = {
+    "PNG": png_that_claims(10_000, 5_001),
+    "BMP": claim(encode(colours(), "BMP"), 18, "<ii", 10_000, 5_001),
+    "GIF": claim(encode(colours(), "GIF"), 6, "<HH", 10_000, 5_001),
+    "PPM": b"P6 10000 5001 255\n" + bytes(100),
+    "bits": encode(Image.new("1", (10_000, 5_001)), "PNG"),
+}
+
+
+@pytest.mark.parametrize("name", GIANTS)
+def test_giants_are_refused_by_their_header(name, monkeypatch):
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(UnreadableImageError, match=r"^has 10000 x 5001 pixels, more than the 50,000,000"):
+        read_image(GIANTS[name])
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_the_bound_is_what_the_caller_says():
+    assert MAX_PIXELS == 50_000_000
+    image = encode(Image.new("1", (100, 50)), "PNG")
+    assert read_image(image, max_pixels=5000).size == (100, 50)
+    with pytest.raises(UnreadableImageError, match="100 x 50 pixels, more than the 4,999"):
+        read_image(image, max_pixels=4999)
+    with pytest.raises(UnreadableImageError, match="decompression bomb"):  # Pillow's own
+        read_image(png_that_claims(100_000, 2_000), max_pixels=None)
+
+
+def test_text_that_unpacks_to_gigabytes_is_refused():
+    bomb = b"iTXt" + b"a\0\1\0\0\0" + zlib.compress(bytes(10**8))
+    chunk = struct.pack(">I", len(bomb) - 4) + bomb + struct.pack(">I", zlib.crc32(bomb))
+    data = encode(colours(), "PNG")
+    with pytest.raises(UnreadableImageError, match="cannot be read as an image"):
+        read_image(data[:33] + chunk + data[33:])
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "JPEG2000", "PPM"])
+def test_what_is_cut_short_is_refused(image_format, tmp_path):
+    data = encode(colours(120, 90), image_format)
+    for length in (1, 20, len(data) // 2):
+        with pytest.raises(UnreadableImageError) as caught:
+            read_image(data[:length])
+        assert "0x" not in str(caught.value)  # the address of a buffer tells the sender nothing
+        (tmp_path / "image").write_bytes(data[:length])
+        with pytest.raises(UnreadableImageError):
+            read_image(tmp_path / "image")
+
+
+def test_what_is_no_image(tmp_path):
+    (tmp_path / "empty").touch()
+    for source in (b"", tmp_path / "empty"):
+        with pytest.raises(UnreadableImageError, match=r"^is empty\."):
+            read_image(source)
+    for source in (b"hello", b"<svg/>", b"\0" * 5000, bytes(range(256)) * 50):
+        with pytest.raises(UnreadableImageError, match=r"^is no image of the formats .*PNG"):
+            read_image(source)
+    for source in (tmp_path / "missing.png", tmp_path):
+        with pytest.raises(UnreadableImageError, match=r"cannot be read as an image: .*(No such file|Is a directory)"):
+            read_image(source)
+
+
+def test_no_image_starts_another_program(monkeypatch, tmp_path):
+    """Pillow goes by the content and hands EPS to Ghostscript, whatever the file is called."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("it was started"))
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    eps = encode(colours(), "EPS")
+    assert Image.open(io.BytesIO(eps)).format == "EPS"
+    (tmp_path / "photo.jpg").write_bytes(eps)
+    with pytest.raises(UnreadableImageError):
+        read_image(tmp_path / "photo.jpg")
+    for encoded in ({"bytes": eps, "path": None}, {"bytes": None, "path": str(tmp_path / "photo.jpg")}):
+        with pytest.raises(OSError, match="cannot identify"):
+            open_encoded(encoded)
+    assert not {"EPS", "PSD", "FITS", "HDF5", "WMF"} & set(FORMATS)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_damage_at_random_is_an_image_or_an_error(image_format):
+    rng = random.Random(image_format)
+    data = encode(colours(), image_format)
+    outcomes = set()
+    for _ in range(60):
+        damaged = bytearray(data)
+        for _ in range(rng.choice([1, 2, 8])):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        try:
+            found = read_image(bytes(damaged[: rng.choice([len(damaged), rng.randrange(1, len(damaged))])]))
+        except UnreadableImageError as error:
+            # What data sets catch must cover what Pillow raises.
+            assert isinstance(error.__cause__, DECODING_ERRORS) or "more than the" in str(error)
+            outcomes.add("error")
+        else:
+            assert found.mode == "RGB" and min(found.size) > 0
+            outcomes.add("image")
+    assert "error" in outcomes
