@@ -11,6 +11,11 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that fork come first: what other libraries' threads hold, once there are any, is locked in a fork."""
+    items.sort(key=lambda item: item.get_closest_marker("forks") is None)
+
+
 @pytest.fixture(scope="session")
 def tiny_config():
     """Makes configs for 64 x 64 pixels: 2 blocks, width 32, 16-pixel patches, levels 8 to 32, 3 classes."""

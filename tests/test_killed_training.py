@@ -38,6 +38,8 @@ from dit_detection.checkpoint_files import (
 from dit_detection.data import draw_shapes_dataset
 
 # Where a kill can hit, as what is called there.
+pytestmark = pytest.mark.forks
+
 PHASES = {
     "reading": (DetectionTrainer, "get_batch_samples"),
     "step": (DetectionTrainer, "training_step"),

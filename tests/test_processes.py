@@ -35,6 +35,8 @@ from dit_detection.global_batch import num_repeated
 from dit_detection.model.labels import pad_labels
 from dit_detection.model.modeling_dit_detection import DiTObjectDetectionOutput
 
+pytestmark = pytest.mark.forks
+
 ROOT = Path(__file__).parents[1]
 SPLITS = {"train": 21, "validation": 3, "test": 7}
 TIMES = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time"}

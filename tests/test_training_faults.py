@@ -157,6 +157,7 @@ def test_a_step_that_is_not_finite_is_not_taken(make_trainer, rows, whole, tmp_p
     assert_kept(error, trainer, whole, make_trainer, ema_decay)
 
 
+@pytest.mark.forks
 @pytest.mark.slow
 def test_of_two_processes_one_has_a_loss_that_is_not_finite(build, tmp_path):
     def run():
