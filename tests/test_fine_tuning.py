@@ -145,6 +145,7 @@ def test_spaces_name_what_exists(tiny_config):
     assert config_space(None) == {}
 
 
+@pytest.mark.slow
 def test_hyperparameter_search(make_trainer, tiny_config, monkeypatch):
     optuna = pytest.importorskip("optuna")
     made = []

@@ -251,6 +251,7 @@ def train(model: Any, folder: str, rows: Any, per_process: int, accumulation: in
     return trainer.state.log_history[:-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_frozen", [False, True])
 def test_losses_do_not_depend_on_processes_and_accumulation(tiny_model, tmp_path, is_frozen) -> None:
     # 21 images: the last step of an epoch has 5, with 4 processes of 2 images 2, 2, 1 and none. Seven have objects.

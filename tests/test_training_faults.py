@@ -137,7 +137,10 @@ class Poisoned(DetectionDataset):
         return entry
 
 
-@pytest.mark.parametrize(("fault", "ema_decay"), [("loss", None), ("loss", 0.9), ("gradient", None)])
+@pytest.mark.parametrize(
+    ("fault", "ema_decay"),
+    [("loss", None), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("loss", 0.9), ("gradient", None)))],
+)
 def test_a_step_that_is_not_finite_is_not_taken(make_trainer, rows, whole, tmp_path, fault, ema_decay):
     trainer = make_trainer(dataset_class=Poisoned if fault == "loss" else DetectionDataset, ema_decay=ema_decay)
     if fault == "gradient":
@@ -208,6 +211,7 @@ class Deadly(DetectionDataset):
         return super().get_view(index, view)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies(make_trainer, whole):
     trainer = make_trainer(dataset_class=Deadly, dataloader_num_workers=1, dataloader_prefetch_factor=1)
     with pytest.raises(TrainingStoppedError, match=r"reads images died.*--dataloader_num_workers") as error:
