@@ -21,6 +21,9 @@ from dit_detection.data import draw_shapes_dataset
 from dit_detection.frozen_dataset import FrozenDataset
 from dit_detection.trainer import parameter_groups
 
+# Whole trainings: together they take longer than all the fast tests may.
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("peft")
 
 

@@ -19,6 +19,9 @@ from dit_detection import (
 from dit_detection.data import draw_shapes_dataset
 from dit_detection.ema import EmaCallback
 
+# Whole trainings: together they take longer than all the fast tests may.
+pytestmark = pytest.mark.slow
+
 # 8 images, 4 at a time: 2 steps in an epoch.
 EPOCHS = 3
 

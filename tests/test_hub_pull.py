@@ -96,6 +96,7 @@ def assert_same_files(folder, expected):
         assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_the_same_boxes_with_and_without_the_package(hub, image, pull_elsewhere, tmp_path):
     model, processor = pull(REPO, image, tmp_path / "here", revision="read")
     assert type(model).__module__.startswith("dit_detection.")

@@ -19,6 +19,9 @@ from dit_detection.commands import train
 from dit_detection.data import draw_shapes_dataset
 from dit_detection.sharing import CODE_FOLDER
 
+# Whole trainings: together they take longer than all the fast tests may.
+pytestmark = pytest.mark.slow
+
 REPO = "someone/cells"
 CODE = {path.name for path in CODE_FOLDER.glob("*.py")} - {"__init__.py"}
 DETECTOR = {"config.json", "model.safetensors", "preprocessor_config.json", ".gitattributes"} | CODE

@@ -32,6 +32,9 @@ from dit_detection.checkpoint_files import checkpoints_of, damage_of, last_whole
 from dit_detection.data import draw_shapes_dataset
 from dit_detection.safe_trainer import NonFiniteLossError, TrainingStoppedError
 
+# Whole trainings: together they take longer than all the fast tests may.
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 
 
