@@ -29,7 +29,8 @@ class RepeatFactorSampler(Sampler[int]):
         factors = np.asarray(repeat_factors, dtype=np.float64)
         self.whole = np.floor(factors).astype(np.int64)
         fractions = factors - self.whole
-        self.num_extra = int(np.ceil(fractions.sum()))
+        # Five times 0.6 is 3 and a rounding error, which is no image more.
+        self.num_extra = int(np.ceil(fractions.sum() - 1e-9))
         self.fractions = fractions * (self.num_extra / max(fractions.sum(), 1e-12))
         self.seed = seed
         self.epoch = 0
