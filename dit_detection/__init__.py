@@ -12,12 +12,12 @@ from .data import (
     id2label_of,
     load_detection_dataset,
 )
-from .hp_search import config_space, hp_space
 from .metrics import CocoMetric
 from .model.configuration_dit_detection import DiTDetectionConfig
 from .model.image_processing_dit_detection import DiTDetectionImageProcessor
 from .model.modeling_dit_detection import DiTDetectionModel, DiTForObjectDetection, DiTObjectDetectionOutput
-from .trainer import DetectionTrainer, DetectionTrainingArguments
+from .training.hp_search import config_space, hp_space
+from .training.trainer import DetectionTrainer, DetectionTrainingArguments
 from .visualize import draw_detections, draw_grid
 
 __all__ = [

@@ -4,7 +4,7 @@ import sys
 
 from .commands import check, convert, demo, evaluate, export, predict, preview, push, serve, train
 from .data import InvalidDatasetError
-from .safe_trainer import TrainingStoppedError
+from .training.safe_trainer import TrainingStoppedError
 
 COMMANDS = {
     "check": check,

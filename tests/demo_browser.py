@@ -60,7 +60,7 @@ def wait_for_summary(page: Page, text: str) -> str:
 
 
 def main() -> None:
-    from dit_detection.demo import launch, load_page
+    from dit_detection.demo.page import launch, load_page
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("detector")

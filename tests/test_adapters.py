@@ -18,8 +18,8 @@ from dit_detection import (
 )
 from dit_detection.adapters import detector_of, is_adapter
 from dit_detection.data import draw_shapes_dataset
-from dit_detection.frozen_dataset import FrozenDataset
-from dit_detection.trainer import parameter_groups
+from dit_detection.training.frozen_dataset import FrozenDataset
+from dit_detection.training.trainer import parameter_groups
 
 # Whole trainings: together they take longer than all the fast tests may.
 pytestmark = pytest.mark.slow

@@ -15,11 +15,11 @@ from dit_detection import (
     DiTDetectionImageProcessor,
     id2label_of,
 )
+from dit_detection.card.detection_report import ImageDetections, report_detections
+from dit_detection.card.model_card import DetectionModelCardData
+from dit_detection.card.training_card import Evaluation, Evaluations, held_out_of
 from dit_detection.data import draw_shapes_dataset
 from dit_detection.data.fingerprint import count_objects, fingerprint_of
-from dit_detection.detection_report import ImageDetections, report_detections
-from dit_detection.model_card import DetectionModelCardData
-from dit_detection.training_card import Evaluation, Evaluations, held_out_of
 
 PICTURES = {
     "predictions.jpg",
@@ -91,7 +91,7 @@ def test_the_threshold_is_chosen_by_what_the_best_weights_find_in_the_validation
         chosen.append(images)
         return 0.25
 
-    monkeypatch.setattr("dit_detection.training_card.choose_threshold", choose)
+    monkeypatch.setattr("dit_detection.card.training_card.choose_threshold", choose)
     trainer = make_trainer(num_train_epochs=3)
     trainer.train()
     trainer.evaluate(inputs(trainer, dataset["test"]), metric_key_prefix="test")
@@ -137,7 +137,7 @@ def test_a_finished_run_that_is_resumed_takes_no_step_and_tells_the_same(make_tr
 
 def test_minutes_are_those_since_the_start(make_trainer, monkeypatch):
     clock = itertools.count(0, 60)  # a minute passes from look to look
-    monkeypatch.setattr("dit_detection.card_trainer.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("dit_detection.training.card_trainer.time", SimpleNamespace(monotonic=lambda: next(clock)))
     trainer = make_trainer(num_train_epochs=3, eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
     trainer.train()
     assert [entry["minutes"] for entry in trainer.state.log_history] == [1, 2, 3, 4]  # three epochs, and the end

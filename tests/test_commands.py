@@ -10,10 +10,10 @@ from coco_folder import write_images
 from PIL import Image
 
 from dit_detection import InvalidDatasetError, cli, id2label_of, load_detection_dataset
+from dit_detection.card.model_card import DetectionModelCardData
 from dit_detection.commands import convert, evaluate, predict, train
 from dit_detection.commands.train_options import read_json_option, shown_command
 from dit_detection.data import draw_shapes_dataset
-from dit_detection.model_card import DetectionModelCardData
 from dit_detection.small_dit import write_small_dit
 
 ROOT = Path(__file__).parents[1]

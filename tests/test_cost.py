@@ -3,7 +3,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_detection import DiTForObjectDetection
-from dit_detection.cost import measure_flops_per_second, training_cost
+from dit_detection.training.cost import measure_flops_per_second, training_cost
 
 CANVAS = (64, 96)
 

@@ -20,12 +20,14 @@ import yaml
 from demo_browser import REMEDY, chromium, drop, find_chromium, open_page, wait_for_summary
 from PIL import Image
 
-from dit_detection import DiTDetectionImageProcessor, demo, demo_handlers
+from dit_detection import DiTDetectionImageProcessor
 from dit_detection.commands import demo as command
 from dit_detection.data import draw_shapes_dataset
-from dit_detection.demo_images import MIN_THRESHOLD, find_objects, look_at
-from dit_detection.sharing import push_folder
-from dit_detection.space import write_space
+from dit_detection.demo import handlers as demo_handlers
+from dit_detection.demo import page as demo_page
+from dit_detection.demo.images import MIN_THRESHOLD, find_objects, look_at
+from dit_detection.demo.space import write_space
+from dit_detection.sharing.push import push_folder
 
 ROOT = Path(__file__).parents[1]
 BCCD = ROOT.parent / "shared" / "data" / "bccd" / "images"
@@ -283,12 +285,12 @@ def test_a_folder_of_too_many_images_is_cut_and_says_so(handlers, picture, monke
     ],
 )
 def test_the_first_threshold_is_the_one_of_the_card(card_data, expected):
-    assert demo.chosen_threshold(card_data) == expected
+    assert demo_page.chosen_threshold(card_data) == expected
 
 
 def test_the_card_in_the_page_loads_nothing():
     card = "---\nlicense: mit\n---\n\n# Cells\n\n![plot](https://e.org/a.png) text <img src='https://e.org/b.png'>\n"
-    assert demo.without_pictures(card).strip() == "# Cells\n\n text"
+    assert demo_page.without_pictures(card).strip() == "# Cells\n\n text"
 
 
 @pytest.fixture
@@ -303,7 +305,7 @@ def saved(detector, tmp_path):
 
 
 def test_the_page_of_a_folder(saved):
-    page = demo.load_page(str(saved), device="cpu")
+    page = demo_page.load_page(str(saved), device="cpu")
     parts = {block.elem_id: block for block in page.blocks.values() if getattr(block, "elem_id", None)}
     assert page.title == "cells"
     assert parts["confidence"].value == 0.42
@@ -316,7 +318,7 @@ def test_the_page_of_a_folder(saved):
 
 def test_the_command_hands_its_options_on(saved, monkeypatch):
     launched = {}
-    monkeypatch.setattr(demo, "launch", lambda page, **options: launched.update(options))
+    monkeypatch.setattr(demo_page, "launch", lambda page, **options: launched.update(options))
     command.main([str(saved), "--device", "cpu"])
     assert launched == {"server_name": "127.0.0.1", "server_port": None, "share": False}
     command.main([str(saved), "--device", "cpu", "--host", "0.0.0.0", "--port", "7999", "--share"])
@@ -343,7 +345,7 @@ def test_the_command_says_what_is_wrong(saved, tmp_path, monkeypatch):
 def test_no_other_command_waits_for_gradio():
     # It takes seconds to import, so only functions may name the two files that do.
     for path in (ROOT / "dit_detection").rglob("*.py"):
-        if path.name in ("demo.py", "demo_handlers.py") and path.parent.name == "dit_detection":
+        if path.parent.name == "demo":
             continue
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Import):
@@ -351,7 +353,7 @@ def test_no_other_command_waits_for_gradio():
             elif isinstance(node, ast.ImportFrom):
                 is_command = path.name == "cli.py" and node.module == "commands"
                 imported = {*(node.module or "").split("."), *(alias.name for alias in node.names)}
-                assert is_command or not imported & {"gradio", "demo", "demo_handlers"}, path
+                assert is_command or not imported & {"gradio", "page", "handlers"}, path
 
 
 def front_matter(space):
@@ -390,7 +392,7 @@ def test_a_space_of_a_folder_carries_all_it_needs(saved, tmp_path, capsys):
 def test_the_app_of_a_space_serves_its_model(saved, tmp_path, monkeypatch):
     write_space(tmp_path / "space", str(saved))
     pages = []
-    monkeypatch.setattr(demo, "launch", lambda page, **options: pages.append((page.title, options)))
+    monkeypatch.setattr(demo_page, "launch", lambda page, **options: pages.append((page.title, options)))
     runpy.run_path(str(tmp_path / "space" / "app.py"))
     assert pages == [("cells", {})]
 
@@ -472,8 +474,8 @@ def test_in_a_browser(detector, browser, picture, tmp_path):
         good = tmp_path / "shapes.png"
         draw_shapes_dataset(1, 1, 1, image_size=96)["test"][0]["image"].save(good)
     model = detector[0]
-    served = demo.build_page(*detector, title="Tiny", threshold=0.5)
-    demo.launch(served, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+    served = demo_page.build_page(*detector, title="Tiny", threshold=0.5)
+    demo_page.launch(served, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
     try:
         page = open_page(browser, served.local_url)
         elsewhere = []

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from dit_detection.detection_report import (
+from dit_detection.card.detection_report import (
     DetectionReport,
     ImageDetections,
     ImageErrors,

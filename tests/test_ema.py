@@ -17,7 +17,7 @@ from dit_detection import (
     id2label_of,
 )
 from dit_detection.data import draw_shapes_dataset
-from dit_detection.ema import EmaCallback
+from dit_detection.training.ema import EmaCallback
 
 # Whole trainings: together they take longer than all the fast tests may.
 pytestmark = pytest.mark.slow

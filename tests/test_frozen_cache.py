@@ -15,12 +15,12 @@ from dit_detection import (
     DetectionTrainer,
     DetectionTrainingArguments,
     DiTDetectionImageProcessor,
-    frozen_cache,
     id2label_of,
 )
 from dit_detection.data import collate_detection, draw_shapes_dataset
-from dit_detection.frozen_cache import cache_frozen, states_shape
-from dit_detection.frozen_dataset import FrozenDataset
+from dit_detection.training import frozen_cache
+from dit_detection.training.frozen_cache import cache_frozen, states_shape
+from dit_detection.training.frozen_dataset import FrozenDataset
 
 LATENTS = {
     "latent_encoder": {
@@ -355,8 +355,9 @@ TWO_PROCESSES = """
     import torch
     from accelerate import PartialState
     from dit_detection import (DetectionAugmentation, DetectionDataset, DiTDetectionImageProcessor,
-        DiTForObjectDetection, frozen_cache)
+        DiTForObjectDetection)
     from dit_detection.data import draw_shapes_dataset
+    from dit_detection.training import frozen_cache
 
     torch.set_num_threads(1)
     frozen_cache.SHARD_BYTES = 3 * 32 * 16 * 4

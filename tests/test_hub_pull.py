@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, pipeline
 
 import dit_detection
 from dit_detection import DiTDetectionImageProcessor
-from dit_detection.sharing import push_folder
+from dit_detection.sharing.push import push_folder
 
 REPO = "someone/cells"
 ROOT = Path(__file__).parent.parent

@@ -23,7 +23,7 @@ from dit_detection import (
     DiTDetectionImageProcessor,
     DiTForObjectDetection,
 )
-from dit_detection.sharing import push_folder, upload_plan
+from dit_detection.sharing.push import push_folder, upload_plan
 
 REPO = "someone/cells"
 CODE = Path(dit_detection.__file__).parent / "model"

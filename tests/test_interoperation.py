@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from dit_detection import DiTDetectionConfig, DiTDetectionImageProcessor, DiTForObjectDetection
-from dit_detection.batch_predictor import detect
 from dit_detection.commands import predict
+from dit_detection.inference.batch_predictor import detect
 
 EXAMPLES = Path(__file__).parents[1] / "scripts" / "examples"
 

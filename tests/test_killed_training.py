@@ -25,9 +25,10 @@ from dit_detection import (
     DetectionTrainer,
     DetectionTrainingArguments,
     DiTDetectionImageProcessor,
-    frozen_cache,
 )
-from dit_detection.checkpoint_files import (
+from dit_detection.data import draw_shapes_dataset
+from dit_detection.training import frozen_cache
+from dit_detection.training.checkpoint_files import (
     checkpoints_of,
     damage_of,
     delete_checkpoint,
@@ -35,7 +36,6 @@ from dit_detection.checkpoint_files import (
     publish_checkpoint,
     rotate_checkpoints,
 )
-from dit_detection.data import draw_shapes_dataset
 
 # Where a kill can hit, as what is called there.
 pytestmark = pytest.mark.forks

@@ -7,9 +7,9 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from dit_detection.detection_report import ClassReport, DetectionReport
+from dit_detection.card.detection_report import ClassReport, DetectionReport
+from dit_detection.card.model_card import DetectionModelCardData, create_model_card
 from dit_detection.metrics import CocoMetric
-from dit_detection.model_card import DetectionModelCardData, create_model_card
 
 CONFIG = {"id2label": {"0": "WBC", "1": "RBC", "2": "Platelets"}, "timestep": 50}
 

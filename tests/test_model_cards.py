@@ -7,8 +7,8 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from dit_detection.model_card import DetectionModelCardData
-from dit_detection.training_card import plot_card, write_card
+from dit_detection.card.model_card import DetectionModelCardData
+from dit_detection.card.training_card import plot_card, write_card
 
 FOLDERS = sorted(path.parent for path in Path(__file__).parents[1].glob("model_cards/*/model_card.json"))
 # Another version of matplotlib may draw letters and edges a little differently: mean difference in levels of 255.

@@ -21,10 +21,11 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import AutoModelForObjectDetection, pipeline
 
-from dit_detection import DiTDetectionImageProcessor, batch_inference
-from dit_detection.batch_predictor import BatchPredictor
+from dit_detection import DiTDetectionImageProcessor
 from dit_detection.commands import predict
-from dit_detection.prediction_shards import PredictionShards
+from dit_detection.inference import batch_inference
+from dit_detection.inference.batch_predictor import BatchPredictor
+from dit_detection.inference.prediction_shards import PredictionShards
 
 ROOT = Path(__file__).parents[1]
 SIZES = [(90, 60), (50, 140), (64, 64), (31, 33), (128, 96)]

@@ -7,7 +7,14 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dit_detection.prediction_formats import prediction_of, to_coco, to_json, to_yolo, unreadable, write_predictions
+from dit_detection.inference.prediction_formats import (
+    prediction_of,
+    to_coco,
+    to_json,
+    to_yolo,
+    unreadable,
+    write_predictions,
+)
 
 NAMES = ["cat", "dog", "owl"]
 

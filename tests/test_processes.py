@@ -31,9 +31,9 @@ from dit_detection import (
     id2label_of,
 )
 from dit_detection.data import RepeatFactorSampler, draw_shapes_dataset
-from dit_detection.global_batch import num_repeated
 from dit_detection.model.labels import pad_labels
 from dit_detection.model.modeling_dit_detection import DiTObjectDetectionOutput
+from dit_detection.training.global_batch import num_repeated
 
 pytestmark = pytest.mark.forks
 

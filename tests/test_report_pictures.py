@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_detection.data import draw_shapes_dataset
-from dit_detection.detection_report import ClassReport, DetectionReport, ImageDetections, ImageErrors
-from dit_detection.report_pictures import (
+from dit_detection.card.detection_report import ClassReport, DetectionReport, ImageDetections, ImageErrors
+from dit_detection.card.report_pictures import (
     MAX_CLASSES,
     caption_of,
     confused_classes,
@@ -16,6 +15,7 @@ from dit_detection.report_pictures import (
     plot_precision_recall,
     worst_images,
 )
+from dit_detection.data import draw_shapes_dataset
 
 NASTY = ["_hidden", "$x_1$", "$ alone", "\N{SNOWMAN}\U0001f600", "two\nlines", "x" * 300, "{a}", r"\frac"]
 
@@ -39,7 +39,7 @@ def test_any_names_and_numbers_of_classes_can_be_plotted(names, plot):
 
 
 def test_names_that_matplotlib_would_hide_are_in_the_legend(monkeypatch):
-    monkeypatch.setattr("dit_detection.report_pictures.render", lambda figure: figure)
+    monkeypatch.setattr("dit_detection.card.report_pictures.render", lambda figure: figure)
     texts = plot_precision_recall(report_of(["_hidden", "$x$"])).axes[0].get_legend().get_texts()
     assert [(text.get_text(), text.get_parse_math()) for text in texts] == [
         ("_hidden  0.75", False),

@@ -11,8 +11,8 @@ from transformers import pipeline
 
 from dit_detection import DiTDetectionImageProcessor
 from dit_detection.data.image_reading import UnreadableImageError
-from dit_detection.serving import BatchedDetector, DetectorBusyError
-from dit_detection.serving_app import MAX_BYTES, make_app
+from dit_detection.inference.serving import BatchedDetector, DetectorBusyError
+from dit_detection.inference.serving_app import MAX_BYTES, make_app
 
 THRESHOLD = 0.55  # a few scores per image are above it
 SECONDS = 60  # that no answer takes; without a bound a lost request would hang the tests

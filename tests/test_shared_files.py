@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from dit_detection import DiTDetectionImageProcessor
-from dit_detection.shared_files import card_files, files_left_behind, files_to_share
-from dit_detection.sharing import AUTO_MAPS, CODE_FOLDER
+from dit_detection.sharing.push import AUTO_MAPS, CODE_FOLDER
+from dit_detection.sharing.shared_files import card_files, files_left_behind, files_to_share
 
 CODE = {path.name for path in CODE_FOLDER.glob("*.py")} - {"__init__.py"}
 INDEX = "model.safetensors.index.json"

@@ -9,9 +9,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 from dit_detection import DiTDetectionImageProcessor, DiTForObjectDetection, cli
+from dit_detection.card.model_card import DetectionModelCardData, create_model_card
 from dit_detection.commands import push
-from dit_detection.model_card import DetectionModelCardData, create_model_card
-from dit_detection.sharing import CODE_FOLDER, push_folder, upload_plan
+from dit_detection.sharing.push import CODE_FOLDER, push_folder, upload_plan
 
 ROOT = Path(__file__).parents[1]
 REPO = "someone/cells"

@@ -17,7 +17,7 @@ from dit_detection import (
 )
 from dit_detection.commands import train
 from dit_detection.data import draw_shapes_dataset
-from dit_detection.sharing import CODE_FOLDER
+from dit_detection.sharing.push import CODE_FOLDER
 
 # Whole trainings: together they take longer than all the fast tests may.
 pytestmark = pytest.mark.slow

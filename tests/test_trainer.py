@@ -10,7 +10,7 @@ from dit_detection import (
     id2label_of,
 )
 from dit_detection.data import draw_shapes_dataset
-from dit_detection.trainer import PADDING, parameter_groups
+from dit_detection.training.trainer import PADDING, parameter_groups
 
 NUM_IMAGES = 7
 TIMES = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time"}

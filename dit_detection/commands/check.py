@@ -23,10 +23,10 @@ from ..data.problems import ProblemLog
 from ..data.reader import read_detection_dataset
 from ..data.row_format import class_names_of
 from ..data.statistics import SplitTable, describe_split, read_table
-from ..frozen_cache import canvas_of
 from ..model.configuration_dit_detection import DiTDetectionConfig
 from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
 from ..small_dit import DETECTORS
+from ..training.frozen_cache import canvas_of
 from .check_report import draw_findings, print_report
 from .shared_options import add_data_options, data_arguments, refuse_output
 from .train_options import read_json_option

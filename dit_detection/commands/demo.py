@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _write_space(args: argparse.Namespace) -> None:
-    from ..space import write_space
+    from ..demo.space import write_space
 
     files = write_space(args.space, args.checkpoint, args.revision)
     size = sum(path.stat().st_size for path in files)
@@ -42,7 +42,7 @@ def _write_space(args: argparse.Namespace) -> None:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    from ..demo import launch, load_page  # gradio takes seconds to import
+    from ..demo.page import launch, load_page  # gradio takes seconds to import
 
     page = load_page(
         args.checkpoint, revision=args.revision, device=args.device, trust_remote_code=args.trust_remote_code

@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor
 from ..adapters import load_detector
 from ..data import DetectionDataset, load_detection_dataset
 from ..data.formats import FORMATS
-from ..trainer import DetectionTrainer, DetectionTrainingArguments
+from ..training.trainer import DetectionTrainer, DetectionTrainingArguments
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:

@@ -15,12 +15,12 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoImageProcessor
 
 from ..adapters import load_detector
-from ..batch_inference import predict_images, settings_of
-from ..batch_predictor import model_class_names
 from ..data import InvalidDatasetError
 from ..data.image_listing import is_dataset, list_images, open_dataset, open_list
-from ..prediction_formats import write_predictions
-from ..prediction_shards import PredictionShards, SettingsChangedError
+from ..inference.batch_inference import predict_images, settings_of
+from ..inference.batch_predictor import model_class_names
+from ..inference.prediction_formats import write_predictions
+from ..inference.prediction_shards import PredictionShards, SettingsChangedError
 
 MAX_NAMED = 10  # unreadable images in the message at the end
 

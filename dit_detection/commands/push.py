@@ -7,8 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo
 
-from ..shared_files import files_left_behind, is_adapter
-from ..sharing import push_folder, upload_plan
+from ..sharing.push import push_folder, upload_plan
+from ..sharing.shared_files import files_left_behind, is_adapter
 
 
 def main(argv: Sequence[str] | None = None) -> CommitInfo | None:

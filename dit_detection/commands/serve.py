@@ -12,7 +12,7 @@ import torch
 from transformers import AutoImageProcessor
 
 from ..adapters import load_detector
-from ..serving import BatchedDetector
+from ..inference.serving import BatchedDetector
 
 # Where the processes that answer find the command's options: uvicorn starts them by the name of a function.
 ENVIRONMENT = "DIT_DETECT_SERVE"
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def load_app() -> Any:
     """Load the detector that `main` was asked for, as a web application; runs in each process that answers."""
-    from ..serving_app import make_app
+    from ..inference.serving_app import make_app
 
     args = argparse.Namespace(**json.loads(os.environ[ENVIRONMENT]))
     torch.set_num_threads(max(1, torch.get_num_threads() // args.workers))

@@ -26,7 +26,7 @@ from ..data import (
 from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
 from ..model.modeling_dit_detection import DiTForObjectDetection
 from ..small_dit import DETECTORS, write_small_dit
-from ..trainer import DetectionTrainer, DetectionTrainingArguments
+from ..training.trainer import DetectionTrainer, DetectionTrainingArguments
 from .dry_run import describe_cost
 from .train_options import (
     VIEWS_IN_CACHE,

@@ -3,7 +3,7 @@
 import torch
 
 from dit_detection import DiTDetectionConfig
-from dit_detection.cost import training_cost
+from dit_detection.training.cost import training_cost
 
 CANVAS = (512, 512)
 NUM_IMAGES, NUM_EPOCHS, NUM_VIEWS, BATCH_SIZE = 1000, 50, 4, 8

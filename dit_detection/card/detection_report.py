@@ -17,7 +17,7 @@ import hotcoco
 import numpy as np
 from numpy.typing import NDArray
 
-from .metrics import run_evaluator
+from ..metrics import run_evaluator
 
 IOU_THRESHOLD = 0.5
 # Per image and class, as `map` counts them.

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .data.image_reading import MAX_PIXELS, read_image, to_rgb
+from ..data.image_reading import MAX_PIXELS, read_image, to_rgb
 
 NUM_READERS = min(4, os.cpu_count() or 1)  # threads; each holds one decoded image, so they bound the memory
 

@@ -11,9 +11,9 @@ import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 
-from .data.image_reading import UnreadableImageError
-from .demo_images import SeenImage, draw_objects, find_objects, look_at, pack_predictions, thumbnail
-from .prediction_formats import Prediction, unreadable
+from ..data.image_reading import UnreadableImageError
+from ..inference.prediction_formats import Prediction, unreadable
+from .images import SeenImage, draw_objects, find_objects, look_at, pack_predictions, thumbnail
 
 # Of one visitor at a time, so that no one fills the server's memory.
 MAX_IMAGES = 100

@@ -15,9 +15,9 @@ import torch
 from transformers import AutoImageProcessor
 from transformers.utils import cached_file
 
-from .adapters import load_detector
-from .demo_handlers import NO_IMAGE_YET, DemoHandlers, Visit
-from .demo_images import MIN_THRESHOLD
+from ..adapters import load_detector
+from .handlers import NO_IMAGE_YET, DemoHandlers, Visit
+from .images import MIN_THRESHOLD
 
 DEFAULT_THRESHOLD = 0.3
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from .adapters import load_detector
-from .data.image_reading import UnreadableImageError, read_image, to_rgb
+from ..adapters import load_detector
+from ..data.image_reading import UnreadableImageError, read_image, to_rgb
 from .prediction_formats import detections_of
 
 

@@ -12,8 +12,8 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
-from .shared_files import card_files, files_to_share
-from .sharing import check_base_model, hub_errors, push_folder, require_token
+from ..sharing.push import check_base_model, hub_errors, push_folder, require_token
+from ..sharing.shared_files import card_files, files_to_share
 
 logger = logging.getLogger(__name__)
 

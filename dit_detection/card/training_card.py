@@ -13,7 +13,8 @@ import datasets
 import numpy as np
 import torch
 
-from .data.fingerprint import count_objects, fingerprint_of
+from ..data.fingerprint import count_objects, fingerprint_of
+from ..visualize import plot_history
 from .detection_report import ImageDetections, ImageErrors, choose_threshold, report_detections
 from .model_card import DetectionModelCardData, create_model_card
 from .report_pictures import (
@@ -24,7 +25,6 @@ from .report_pictures import (
     plot_precision_recall,
     worst_images,
 )
-from .visualize import plot_history
 
 # The prefix under which Trainer evaluates while it trains; the card calls that split by its name.
 EVAL, VALIDATION = "eval", "validation"

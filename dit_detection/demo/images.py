@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .data.image_reading import read_image
-from .prediction_formats import Prediction, prediction_of, write_predictions
-from .visualize import draw_detections
+from ..data.image_reading import read_image
+from ..inference.prediction_formats import Prediction, prediction_of, write_predictions
+from ..visualize import draw_detections
 
 # No lower threshold can be chosen, so candidates that stay below it are not kept.
 MIN_THRESHOLD = 0.01

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from transformers.utils import CONFIG_NAME
 from yaml import YAMLError
 
-from .model_card import DetectionModelCardData, create_model_card
+from ..card.model_card import DetectionModelCardData, create_model_card
 from .shared_files import CARD_DATA_NAME, CARD_NAME, read_json
 
 

@@ -11,16 +11,16 @@ from torch.utils.data import Dataset, Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, TrainingArguments
 from transformers.trainer_utils import BestRun, TrainOutput
 
-from .adapters import detector_of
+from ..adapters import detector_of
+from ..card.detection_report import ImageDetections
+from ..data import DetectionDataset, EpochCallback, RepeatFactorSampler, collate_detection, repeat_factors_of
+from ..metrics import CocoMetric
 from .card_trainer import CardTrainer
-from .data import DetectionDataset, EpochCallback, RepeatFactorSampler, collate_detection, repeat_factors_of
-from .detection_report import ImageDetections
 from .ema import EmaCallback
 from .frozen_cache import cache_frozen
 from .frozen_dataset import FrozenDataset
 from .global_batch import match_global_batch
 from .hp_search import eval_map, hp_space
-from .metrics import CocoMetric
 from .safe_trainer import NonFiniteLossError, SafeTrainer
 
 # Fills what is ragged up to a rectangle; the value that Trainer itself pads with across batches and processes.

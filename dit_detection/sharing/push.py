@@ -22,7 +22,7 @@ from .shared_card import card_changes
 from .shared_files import CARD_NAME, files_to_share, is_adapter, own_code, read_json
 
 # The folder whose files travel with the weights, and what they are loaded by.
-CODE_FOLDER = Path(__file__).parent / "model"
+CODE_FOLDER = Path(__file__).parents[1] / "model"
 AUTO_MAPS = {
     CONFIG_NAME: {
         "AutoConfig": "configuration_dit_detection.DiTDetectionConfig",

@@ -9,8 +9,8 @@ from huggingface_hub import ModelCard, SpaceCardData
 from transformers import AutoConfig
 from transformers.utils import CONFIG_NAME, cached_file
 
-from .adapters import is_adapter
-from .shared_files import CARD_NAME, files_to_share
+from ..adapters import is_adapter
+from ..sharing.shared_files import CARD_NAME, files_to_share
 
 _PACKAGE = "dit_detection"
 
@@ -61,7 +61,7 @@ def write_space(folder: str | Path, checkpoint: str, revision: str | None = None
 
     folder.mkdir(parents=True, exist_ok=True)
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
-    shutil.copytree(Path(__file__).parent, folder / _PACKAGE, ignore=ignored)
+    shutil.copytree(Path(__file__).parents[1], folder / _PACKAGE, ignore=ignored)
     licence_text = metadata.distribution(_PACKAGE).read_text("licenses/LICENSE")
     if licence_text:
         (folder / _PACKAGE / "LICENSE").write_text(licence_text, encoding="utf-8")
@@ -98,7 +98,7 @@ def _app(where: str, options: str, title: str, is_local: bool) -> str:
     path_import = "from pathlib import Path\n\n" if is_local else ""
     return (
         f'"""The page on which the detector can be tried; {_PACKAGE}/ beside it is the library."""\n\n'
-        f"{path_import}from {_PACKAGE}.demo import launch, load_page\n\n"
+        f"{path_import}from {_PACKAGE}.demo.page import launch, load_page\n\n"
         f"launch(load_page({where}{options}, title={title!r}))\n"
     )
 

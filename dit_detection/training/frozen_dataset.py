@@ -14,7 +14,7 @@ import torch
 from datasets import Features, List, Value
 from torch.utils import data
 
-from .data.transforms import SharedEpoch
+from ..data.transforms import SharedEpoch
 
 FEATURES = Features(
     {

@@ -16,12 +16,12 @@ from PIL import Image
 from torch.utils import data
 from tqdm import tqdm
 
+from ..data.image_listing import read_encoded
+from ..data.image_reading import UnreadableImageError
+from ..visualize import draw_detections
 from .batch_predictor import detect_processed, model_class_names
-from .data.image_listing import read_encoded
-from .data.image_reading import UnreadableImageError
 from .prediction_formats import Prediction, detections_of, prediction_of, unreadable
 from .prediction_shards import PredictionShards
-from .visualize import draw_detections
 
 
 class _Item(NamedTuple):

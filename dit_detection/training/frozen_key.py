@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data import DetectionDataset
-from .model.modeling_dit_detection import DiTForObjectDetection
+from ..data import DetectionDataset
+from ..model.modeling_dit_detection import DiTForObjectDetection
 
 # Of the configuration, what the frozen part's outputs depend on beside its weights.
 CONFIG_FIELDS = (

@@ -8,9 +8,9 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from .data.image_reading import decode_image, to_rgb
+from ..data.image_reading import decode_image, to_rgb
+from ..visualize import GREY, INK, PALETTE, PAPER, draw_detections, draw_grid, render
 from .detection_report import DetectionReport, ImageDetections, ImageErrors
-from .visualize import GREY, INK, PALETTE, PAPER, draw_detections, draw_grid, render
 
 # More curves, or more rows and columns, than these nobody can tell apart.
 MAX_CURVES, MAX_CLASSES = 12, 24

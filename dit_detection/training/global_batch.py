@@ -8,8 +8,8 @@ from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .model.labels import pad_labels
-from .model.matcher import IGNORE
+from ..model.labels import pad_labels
+from ..model.matcher import IGNORE
 
 # What the shapes of a batch are read from.
 INPUTS = ("pixel_values", "pixel_mask", "latents", "frozen_states")

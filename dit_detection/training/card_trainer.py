@@ -6,10 +6,9 @@ from typing import Any
 
 from transformers.trainer_utils import TrainOutput
 
-from .detection_report import ImageDetections
-from .model_card import DetectionModelCardData
-from .sharing_trainer import SharingTrainer
-from .training_card import (
+from ..card.detection_report import ImageDetections
+from ..card.model_card import DetectionModelCardData
+from ..card.training_card import (
     EVAL,
     VALIDATION,
     Evaluation,
@@ -20,6 +19,7 @@ from .training_card import (
     write_card,
     write_pictures,
 )
+from .sharing_trainer import SharingTrainer
 
 
 class CardTrainer(SharingTrainer):

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from .data.image_reading import UnreadableImageError
+from ..data.image_reading import UnreadableImageError
 from .serving import BatchedDetector, DetectorBusyError
 
 MAX_BYTES = 32 * 2**20  # of an upload; a photograph of 50 million pixels has about 20 MB

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils import data
 from tqdm import tqdm
 
-from .data import DetectionDataset, collate_detection
+from ..data import DetectionDataset, collate_detection
+from ..model.modeling_dit_detection import DiTForObjectDetection
 from .frozen_dataset import FEATURES, FrozenDataset
 from .frozen_key import frozen_key
-from .model.modeling_dit_detection import DiTForObjectDetection
 
 logger = logging.getLogger(__name__)
 

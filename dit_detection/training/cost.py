@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from .model.configuration_dit_detection import DiTDetectionConfig
-from .model.modeling_dit_detection import DiTForObjectDetection
+from ..model.configuration_dit_detection import DiTDetectionConfig
+from ..model.modeling_dit_detection import DiTForObjectDetection
 
 ADAM_BYTES = 8  # per trained weight: AdamW keeps two numbers in float32
 
