@@ -61,6 +61,31 @@ def tiny_model(tiny_config):
 
 
 @pytest.fixture(scope="session")
+def saved_detector(tiny_model, tmp_path_factory):
+    """A folder of a detector and its image processor; only to be read."""
+    from dit_detection import DiTDetectionImageProcessor
+
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_model().save_pretrained(folder)
+    DiTDetectionImageProcessor(size=64).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finding_detector(tiny_model, tmp_path_factory):
+    """The same of a detector that finds cats, dogs and owls everywhere."""
+    from dit_detection import DiTDetectionImageProcessor
+
+    folder = tmp_path_factory.mktemp("finding")
+    model = tiny_model(id2label={0: "cat", 1: "dog", 2: "owl"}, label2id={"cat": 0, "dog": 1, "owl": 2})
+    with torch.no_grad():
+        model.head.class_predictor.bias.zero_()  # a fresh detector scores everything near 0.01
+    model.save_pretrained(folder)
+    DiTDetectionImageProcessor(size=64).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def random_labels():
     """Makes labels of one image: `count` random boxes that lie inside it."""
 

@@ -1,14 +1,13 @@
 import json
 
 import pytest
+import tiny_training
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
 
 from dit_detection import (
-    DetectionDataset,
-    DetectionTrainer,
     DetectionTrainingArguments,
     DiTDetectionImageProcessor,
     DiTForObjectDetection,
@@ -203,27 +202,12 @@ def test_what_is_nowhere_is_no_adapter(source):
 
 
 def make_trainer(base, dataset, output_dir, freeze=0, **arguments):
-    image_processor = DiTDetectionImageProcessor(size=64)
     detector = DiTForObjectDetection.from_pretrained(base)
     if freeze:
         detector.freeze_backbone(freeze)
     torch.manual_seed(0)
-    arguments = {
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "report_to": "none",
-        "num_train_epochs": 3,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        **arguments,
-    }
-    return DetectionTrainer(
-        add_lora(detector, 2),
-        DetectionTrainingArguments(str(output_dir), **arguments),
-        processing_class=image_processor,
-        train_dataset=DetectionDataset(dataset["train"], image_processor),
-        eval_dataset=DetectionDataset(dataset["validation"], image_processor),
-    )
+    defaults = {"num_train_epochs": 3, "learning_rate": 1e-2}
+    return tiny_training.make_trainer(add_lora(detector, 2), dataset, output_dir, **(defaults | arguments))
 
 
 @pytest.fixture

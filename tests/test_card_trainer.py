@@ -5,15 +5,13 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
+import tiny_training
 from huggingface_hub import ModelCard
+from tiny_training import label_fields
 
 from dit_detection import (
     DetectionDataset,
     DetectionIterableDataset,
-    DetectionTrainer,
-    DetectionTrainingArguments,
-    DiTDetectionImageProcessor,
-    id2label_of,
 )
 from dit_detection.card.detection_report import ImageDetections, report_detections
 from dit_detection.card.model_card import DetectionModelCardData
@@ -38,17 +36,9 @@ def dataset():
 @pytest.fixture
 def make_trainer(tiny_model, dataset, tmp_path):
     def make(model=None, **arguments):
-        image_processor = DiTDetectionImageProcessor(size=64)
-        names = id2label_of(dataset)
-        label2id = {name: label for label, name in names.items()}
         arguments = {"num_train_epochs": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-3, **arguments}
-        return DetectionTrainer(
-            model or tiny_model(num_labels=5, id2label=names, label2id=label2id),
-            DetectionTrainingArguments(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, **arguments),
-            processing_class=image_processor,
-            train_dataset=DetectionDataset(dataset["train"], image_processor),
-            eval_dataset=DetectionDataset(dataset["validation"], image_processor),
-        )
+        model = model or tiny_model(**label_fields(dataset))
+        return tiny_training.make_trainer(model, dataset, tmp_path, **arguments)
 
     return make
 

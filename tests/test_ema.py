@@ -4,14 +4,12 @@ import sys
 import textwrap
 
 import pytest
+import tiny_training
 import torch
+from tiny_training import label_fields
 from transformers import TrainerCallback
 
 from dit_detection import (
-    DetectionDataset,
-    DetectionTrainer,
-    DetectionTrainingArguments,
-    DiTDetectionImageProcessor,
     DiTForObjectDetection,
     add_lora,
     id2label_of,
@@ -34,33 +32,20 @@ def dataset():
 @pytest.fixture
 def make_trainer(tiny_model, dataset, tmp_path):
     def make(name="run", lora=False, freeze=0, callbacks=(), **arguments):
-        image_processor = DiTDetectionImageProcessor(size=64)
-        names = id2label_of(dataset)
-        model = tiny_model(num_labels=5, id2label=names, label2id={name: label for label, name in names.items()})
+        model = tiny_model(**label_fields(dataset))
         if freeze:
             model.freeze_backbone(freeze)
         if lora:
             model = add_lora(model, 2)
-        arguments = {
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "report_to": "none",
+        defaults = {
             "num_train_epochs": EPOCHS,
-            "per_device_train_batch_size": 4,
             "learning_rate": 1e-2,
             "load_best_model_at_end": False,
             "save_total_limit": None,
             "ema_decay": 0.5,
-            **arguments,
         }
-        return DetectionTrainer(
-            model,
-            DetectionTrainingArguments(str(tmp_path / name), **arguments),
-            processing_class=image_processor,
-            train_dataset=DetectionDataset(dataset["train"], image_processor),
-            eval_dataset=DetectionDataset(dataset["validation"], image_processor),
-            callbacks=list(callbacks),
-        )
+        more = {"callbacks": list(callbacks)}
+        return tiny_training.make_trainer(model, dataset, tmp_path / name, more, **(defaults | arguments))
 
     return make
 

@@ -356,7 +356,7 @@ def test_compiles_whole_and_not_anew_for_each_size(tiny_model, autoencoders, com
     assert counter.frame_count <= 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_inductor_equals_the_model(tiny_model, autoencoders, compiled):
     model = tiny_model(**variant("tiny", autoencoders))
     assert_same_when_compiled(model, compiled(model, "inductor")[0], SIZES_TO_COMPILE[1:3])

@@ -2,19 +2,17 @@ import weakref
 from collections import Counter
 
 import pytest
+import tiny_training
 import torch
+from tiny_training import label_fields
 from torch import nn
 
 from dit_detection import (
-    DetectionDataset,
-    DetectionTrainer,
     DetectionTrainingArguments,
-    DiTDetectionImageProcessor,
     DiTForObjectDetection,
     add_lora,
     config_space,
     hp_space,
-    id2label_of,
 )
 from dit_detection.adapters import detector_of
 from dit_detection.data import draw_shapes_dataset
@@ -28,25 +26,10 @@ def dataset():
 @pytest.fixture
 def make_trainer(tiny_model, dataset, tmp_path):
     def make(model_init=None, **arguments):
-        image_processor = DiTDetectionImageProcessor(size=64)
-        names = id2label_of(dataset)
-        fields = {"num_labels": 5, "id2label": names, "label2id": {name: label for label, name in names.items()}}
-        arguments = {
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "report_to": "none",
-            "num_train_epochs": 1,
-            "per_device_train_batch_size": 4,
-            **arguments,
-        }
-        return DetectionTrainer(
-            None if model_init else tiny_model(**fields),
-            DetectionTrainingArguments(str(tmp_path), **arguments),
-            processing_class=image_processor,
-            train_dataset=DetectionDataset(dataset["train"], image_processor),
-            eval_dataset=DetectionDataset(dataset["validation"], image_processor),
-            model_init=(lambda trial: model_init(trial, fields)) if model_init else None,
-        )
+        fields = label_fields(dataset)
+        model = None if model_init else tiny_model(**fields)
+        more = {"model_init": (lambda trial: model_init(trial, fields)) if model_init else None}
+        return tiny_training.make_trainer(model, dataset, tmp_path, more, **arguments)
 
     return make
 

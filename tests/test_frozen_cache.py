@@ -253,6 +253,30 @@ def test_an_interrupted_cache_goes_on_where_it_stopped(make_model, rows, tmp_pat
         assert torch.equal(again[index]["frozen_states"], states[index])
 
 
+def test_what_a_killed_run_has_left_goes_and_a_run_beside_loses_nothing(make_model, rows, tmp_path):
+    cached = cache_frozen(make_model(2), make_dataset(rows), cache_dir=tmp_path)
+    (shard,) = tmp_path.rglob("*.arrow")
+    whole = shard.read_bytes()
+    shard.unlink()
+    leftover = shard.with_suffix(".unfinished-123456789")
+    leftover.write_bytes(whole[:100])
+    again = cache_frozen(make_model(2), make_dataset(rows), cache_dir=tmp_path)
+    assert not leftover.exists() and torch.equal(again[3]["frozen_states"], cached[3]["frozen_states"])
+
+    def encoded_while_another_run_is_faster():
+        for row in range(len(cached)):
+            entry = cached[row]
+            if row == len(cached) - 1:
+                shard.write_bytes(whole)
+                for unfinished in shard.parent.glob("*.unfinished-*"):
+                    unfinished.unlink()
+            yield entry["frozen_states"], entry["labels"]
+
+    shard.unlink()
+    frozen_cache._write_shard(shard, len(cached), encoded_while_another_run_is_faster())
+    assert shard.read_bytes() == whole
+
+
 def test_processes_share_the_work_by_the_same_list(make_model, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(frozen_cache, "SHARD_BYTES", 4 * 32 * 16 * 4)
     model, dataset = make_model(1), make_dataset(rows)

@@ -267,18 +267,6 @@ def test_lora_under_gradient_checkpointing_gives_equal_gradients(tiny_model, exa
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_model, tmp_path_factory):
-    """A folder of a model that finds something everywhere, and its image processor."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model = tiny_model(id2label={0: "cat", 1: "dog", 2: "owl"}, label2id={"cat": 0, "dog": 1, "owl": 2})
-    with torch.no_grad():
-        model.head.class_predictor.bias.zero_()  # a fresh detector scores everything near 0.01
-    model.save_pretrained(folder)
-    DiTDetectionImageProcessor(size=64).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def images():
     """Pictures of several sizes and modes."""
     pixels = (torch.rand(90, 120, 3, generator=torch.Generator().manual_seed(0)) * 255).byte().numpy()
@@ -293,8 +281,8 @@ def images():
     ]
 
 
-def test_pipeline_gives_one_by_one_what_it_gives_in_batches(checkpoint, images):
-    detector = pipeline("object-detection", str(checkpoint))
+def test_pipeline_gives_one_by_one_what_it_gives_in_batches(finding_detector, images):
+    detector = pipeline("object-detection", str(finding_detector))
     single = [detector(image, threshold=0.3) for image in images]
     assert all(single)
     batched = detector(images, threshold=0.3, batch_size=4)
@@ -309,8 +297,8 @@ def test_pipeline_gives_one_by_one_what_it_gives_in_batches(checkpoint, images):
             assert 0 <= a["box"]["ymin"] <= a["box"]["ymax"] <= image.height
 
 
-def test_pipeline_threshold_cuts_the_same_list(checkpoint, images):
-    detector = pipeline("object-detection", str(checkpoint))
+def test_pipeline_threshold_cuts_the_same_list(finding_detector, images):
+    detector = pipeline("object-detection", str(finding_detector))
     everything = detector(images[0], threshold=0.0)
     middle = everything[len(everything) // 2]["score"]
     assert detector(images[0], threshold=middle) == [found for found in everything if found["score"] > middle]
@@ -318,17 +306,17 @@ def test_pipeline_threshold_cuts_the_same_list(checkpoint, images):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_pipeline_in_half_precision(checkpoint, images, dtype):
-    detector = pipeline("object-detection", str(checkpoint), dtype=dtype)
+def test_pipeline_in_half_precision(finding_detector, images, dtype):
+    detector = pipeline("object-detection", str(finding_detector), dtype=dtype)
     assert detector.model.dtype == dtype
     results = detector(images, threshold=0.3, batch_size=2)
     assert all(results)
     assert all(0.3 < found["score"] <= 1 for image in results for found in image)
 
 
-def test_features_pipeline_takes_batches_apart(checkpoint, images):
-    model = DiTDetectionModel.from_pretrained(checkpoint)
-    processor = DiTDetectionImageProcessor.from_pretrained(checkpoint)
+def test_features_pipeline_takes_batches_apart(finding_detector, images):
+    model = DiTDetectionModel.from_pretrained(finding_detector)
+    processor = DiTDetectionImageProcessor.from_pretrained(finding_detector)
     features = pipeline("image-feature-extraction", model=model, image_processor=processor)
     batched = features(images[:3], batch_size=3, return_tensors=True)
     for image, found in zip(images, batched, strict=False):
@@ -340,18 +328,18 @@ def test_features_pipeline_takes_batches_apart(checkpoint, images):
 
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
-def test_device_map(checkpoint, examples, device_map):
+def test_device_map(finding_detector, examples, device_map):
     pixels = examples[0]["pixel_values"][None]
-    expected = DiTForObjectDetection.from_pretrained(checkpoint)(pixels)
-    model = DiTForObjectDetection.from_pretrained(checkpoint, device_map=device_map)
+    expected = DiTForObjectDetection.from_pretrained(finding_detector)(pixels)
+    model = DiTForObjectDetection.from_pretrained(finding_detector, device_map=device_map)
     torch.testing.assert_close(model(pixels.to(model.device)).logits.cpu(), expected.logits)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_attention_may_be_chosen_at_load_and_later(checkpoint, examples, implementation):
+def test_attention_may_be_chosen_at_load_and_later(finding_detector, examples, implementation):
     pixels = examples[0]["pixel_values"][None]
     other = {"eager": "sdpa", "sdpa": "eager"}[implementation]
-    model = AutoModelForObjectDetection.from_pretrained(checkpoint, attn_implementation=implementation)
+    model = AutoModelForObjectDetection.from_pretrained(finding_detector, attn_implementation=implementation)
     assert model.model.backbone.layers[0].attention.config._attn_implementation == implementation
     before = model(pixels, output_attentions=implementation == "eager")
     assert bool(before.attentions) == (implementation == "eager")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pull_from_hub import pull
+from tiny_training import LATENTS
 from transformers import AutoImageProcessor, pipeline
 
 import dit_detection
@@ -21,22 +22,6 @@ from dit_detection.sharing.push import push_folder
 REPO = "someone/cells"
 ROOT = Path(__file__).parent.parent
 CODE = Path(dit_detection.__file__).parent / "model"
-# An autoencoder in front, so that diffusers is needed. It halves each side twice: 4 x 4 cells are 16 x 16 pixels.
-LATENTS = {
-    "latent_encoder": {
-        "_class_name": "AutoencoderKL",
-        "in_channels": 3,
-        "latent_channels": 4,
-        "block_out_channels": [8, 8, 8],
-        "down_block_types": ["DownEncoderBlock2D"] * 3,
-        "layers_per_block": 1,
-        "act_fn": "silu",
-        "norm_num_groups": 4,
-        "scaling_factor": 0.18215,
-    },
-    "in_channels": 4,
-    "patch_size": 4,
-}
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_training import LATENTS
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForObjectDetection
 from transformers.image_processing_utils import BatchFeature
@@ -19,22 +20,6 @@ from dit_detection import (
 from dit_detection.model.anchors import make_anchors
 from dit_detection.model.box_coder import BoxCoder
 
-# Halves each side twice, so that 4 x 4 latent cells are a token of 16 pixels.
-LATENTS = {
-    "latent_encoder": {
-        "_class_name": "AutoencoderKL",
-        "in_channels": 3,
-        "latent_channels": 4,
-        "block_out_channels": [8, 8, 8],
-        "down_block_types": ["DownEncoderBlock2D"] * 3,
-        "layers_per_block": 1,
-        "act_fn": "silu",
-        "norm_num_groups": 4,
-        "scaling_factor": 0.18215,
-    },
-    "in_channels": 4,
-    "patch_size": 4,
-}
 NUM_ANCHORS = 9 * (8 * 8 + 4 * 4 + 2 * 2)  # of 64 x 64 pixels
 PRIOR_BIAS = -math.log(0.99 / 0.01)
 

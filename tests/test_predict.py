@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -36,13 +37,9 @@ def picture(seed, size):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_model, tmp_path_factory):
-    """A detector that finds something everywhere."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model = tiny_model(id2label={0: "cat", 1: "dog", 2: "owl"}, label2id={"cat": 0, "dog": 1, "owl": 2})
-    with torch.no_grad():
-        model.head.class_predictor.bias.zero_()  # a fresh detector scores everything near 0.01
-    model.save_pretrained(folder)
+def checkpoint(finding_detector, tmp_path_factory):
+    """A detector that finds five things in every image."""
+    folder = shutil.copytree(finding_detector, tmp_path_factory.mktemp("checkpoint"), dirs_exist_ok=True)
     DiTDetectionImageProcessor(size=64, max_detections=5).save_pretrained(folder)
     return folder
 
@@ -464,8 +461,9 @@ def test_ray_data_maps_batches(checkpoint, rows, tmp_path):
 # Killed
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    "processes", [pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_killed_at_random_moments_every_image_is_there_once(checkpoint, tmp_path, processes):
     folder = tmp_path / "images"
     folder.mkdir()

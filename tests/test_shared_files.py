@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dit_detection import DiTDetectionImageProcessor
 from dit_detection.sharing.push import AUTO_MAPS, CODE_FOLDER
 from dit_detection.sharing.shared_files import card_files, files_left_behind, files_to_share
 
@@ -15,18 +14,10 @@ INDEX = "model.safetensors.index.json"
 DETECTOR = {"config.json", "model.safetensors", "preprocessor_config.json"}
 
 
-@pytest.fixture(scope="module")
-def saved(tiny_model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    tiny_model().save_pretrained(folder)
-    DiTDetectionImageProcessor(size=64).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def folder(saved, tmp_path):
+def folder(saved_detector, tmp_path):
     """A detector in a folder whose name is no easy one."""
-    return shutil.copytree(saved, tmp_path / "my détecteur (1)")
+    return shutil.copytree(saved_detector, tmp_path / "my détecteur (1)")
 
 
 def names(folder, **options):
@@ -138,9 +129,9 @@ def test_shards_travel_with_their_index(folder):
     assert names(folder) == (DETECTOR - {"model.safetensors"}) | expected | CODE
 
 
-def test_one_file_goes_before_shards_as_in_from_pretrained(folder, saved):
+def test_one_file_goes_before_shards_as_in_from_pretrained(folder, saved_detector):
     shards = split_weights(folder)
-    shutil.copy(saved / "model.safetensors", folder)
+    shutil.copy(saved_detector / "model.safetensors", folder)
     assert names(folder) == DETECTOR | CODE
     assert files_left_behind(folder).keys() == {INDEX, *(path.name for path in shards)}
 

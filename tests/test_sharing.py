@@ -8,7 +8,7 @@ from hub_server import Cut
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
-from dit_detection import DiTDetectionImageProcessor, DiTForObjectDetection, cli
+from dit_detection import DiTForObjectDetection, cli
 from dit_detection.card.model_card import DetectionModelCardData, create_model_card
 from dit_detection.commands import push
 from dit_detection.sharing.push import CODE_FOLDER, push_folder, upload_plan
@@ -19,17 +19,9 @@ CODE = {path.name for path in CODE_FOLDER.glob("*.py")} - {"__init__.py"}
 DETECTOR = {"config.json", "model.safetensors", "preprocessor_config.json"}
 
 
-@pytest.fixture(scope="module")
-def saved(tiny_model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    tiny_model().save_pretrained(folder)
-    DiTDetectionImageProcessor(size=64).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def folder(saved, tmp_path):
-    copy = shutil.copytree(saved, tmp_path / "my detector")
+def folder(saved_detector, tmp_path):
+    copy = shutil.copytree(saved_detector, tmp_path / "my detector")
     (copy / "training_args.bin").write_bytes(b"pickled")
     (copy / "checkpoint-3").mkdir()
     (copy / "checkpoint-3" / "model.safetensors").write_bytes(b"older")
@@ -102,7 +94,7 @@ def test_without_code_nothing_points_at_code(folder):
         ),
     ],
 )
-def test_code_that_the_folder_lacks_is_the_packages(saved, folder, lose_code):
+def test_code_that_the_folder_lacks_is_the_packages(saved_detector, folder, lose_code):
     lose_code(folder)
     before = contents(folder)
     plan = upload_plan(folder)
@@ -110,7 +102,7 @@ def test_code_that_the_folder_lacks_is_the_packages(saved, folder, lose_code):
         assert content(plan, name) == (CODE_FOLDER / name).read_bytes()
     for name in ("config.json", "preprocessor_config.json"):
         # As transformers writes it, byte for byte.
-        assert content(plan, name) == (saved / name).read_bytes()
+        assert content(plan, name) == (saved_detector / name).read_bytes()
     assert contents(folder) == before
 
 

@@ -4,17 +4,12 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
+import tiny_training
 from hub_server import Cut
 from huggingface_hub import ModelCard
+from tiny_training import label_fields
 from transformers.utils import PushInProgress
 
-from dit_detection import (
-    DetectionDataset,
-    DetectionTrainer,
-    DetectionTrainingArguments,
-    DiTDetectionImageProcessor,
-    id2label_of,
-)
 from dit_detection.commands import train
 from dit_detection.data import draw_shapes_dataset
 from dit_detection.sharing.push import CODE_FOLDER
@@ -36,25 +31,14 @@ def dataset():
 @pytest.fixture
 def make_trainer(hub, tiny_model, dataset, tmp_path):
     def make(**arguments):
-        names = id2label_of(dataset)
-        image_processor = DiTDetectionImageProcessor(size=64)
-        arguments = {
-            "output_dir": str(tmp_path / "my run"),
-            "use_cpu": True,
-            "disable_tqdm": True,
+        defaults = {
             "num_train_epochs": 2,
             "eval_strategy": "no",
             "load_best_model_at_end": False,
             "hub_model_id": REPO,
-            **arguments,
         }
-        return DetectionTrainer(
-            tiny_model(num_labels=5, id2label=names, label2id={name: label for label, name in names.items()}),
-            DetectionTrainingArguments(**arguments),
-            processing_class=image_processor,
-            train_dataset=DetectionDataset(dataset["train"], image_processor),
-            eval_dataset=DetectionDataset(dataset["validation"], image_processor),
-        )
+        model = tiny_model(**label_fields(dataset))
+        return tiny_training.make_trainer(model, dataset, tmp_path / "my run", **(defaults | arguments))
 
     return make
 

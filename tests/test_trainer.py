@@ -1,13 +1,12 @@
 import pytest
+import tiny_training
 import torch
+from tiny_training import label_fields
 from torch import nn
 
 from dit_detection import (
-    DetectionDataset,
     DetectionTrainer,
     DetectionTrainingArguments,
-    DiTDetectionImageProcessor,
-    id2label_of,
 )
 from dit_detection.data import draw_shapes_dataset
 from dit_detection.training.trainer import PADDING, parameter_groups
@@ -24,23 +23,7 @@ def dataset():
 @pytest.fixture
 def make_trainer(tiny_model, dataset, tmp_path):
     def make(**arguments):
-        image_processor = DiTDetectionImageProcessor(size=64)
-        names = id2label_of(dataset)
-        arguments = {
-            "output_dir": str(tmp_path),
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "num_train_epochs": 1,
-            "per_device_train_batch_size": 4,
-            **arguments,
-        }
-        return DetectionTrainer(
-            tiny_model(num_labels=5, id2label=names, label2id={name: label for label, name in names.items()}),
-            DetectionTrainingArguments(**arguments),
-            processing_class=image_processor,
-            train_dataset=DetectionDataset(dataset["train"], image_processor),
-            eval_dataset=DetectionDataset(dataset["validation"], image_processor),
-        )
+        return tiny_training.make_trainer(tiny_model(**label_fields(dataset)), dataset, tmp_path, **arguments)
 
     return make
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -62,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     shards, listing = PredictionShards(output_dir), output_dir / "images.arrow"
+    # What an image's predictions, and the files they lie in, depend on beside the model.
+    how = {"threshold": args.threshold, "nms_threshold": args.nms_threshold, "shard_size": args.shard_size}
     # Without `cpu`, processes on a machine without a GPU would not know of each other.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     # A process that has done its share waits for the slowest, which may take longer than any other collective call.
@@ -74,19 +75,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         image_processor = AutoImageProcessor.from_pretrained(args.checkpoint)
         pictures = output_dir / "pictures" if args.format == "json" and not args.no_pictures else None
         if state.is_main_process:
-            shards.start(_settings(args, model, image_processor, images, pictures))
+            # Without pictures it does not matter whether an earlier run drew some.
+            more = {} if pictures is None else {"pictures": True}
+            if isinstance(images, IterableDataset):
+                more |= {"source": args.images, "split": args.split, "revision": args.revision}
+            shards.start(settings_of(model, image_processor, images, **how, **more))
         state.wait_for_everyone()
         predict_images(
             model,
             image_processor,
             images,
             shards,
-            threshold=args.threshold,
-            nms_threshold=args.nms_threshold,
             batch_size=args.batch_size,
             num_workers=args.num_workers,
-            shard_size=args.shard_size,
             pictures=pictures,
+            **how,
         )
         state.wait_for_everyone()
         if state.is_main_process:
@@ -118,28 +121,6 @@ def _open_images(args: argparse.Namespace, state: PartialState, listing: Path) -
         list_images(args.images, listing)
     state.wait_for_everyone()
     return open_list(listing)
-
-
-def _settings(
-    args: argparse.Namespace,
-    model: Any,
-    image_processor: Any,
-    images: Dataset | IterableDataset,
-    pictures: Path | None,
-) -> dict[str, Any]:
-    """What the predictions depend on. Without pictures it does not matter whether an earlier run drew some."""
-    more = {} if pictures is None else {"pictures": True}
-    if isinstance(images, IterableDataset):
-        more |= {"source": args.images, "split": args.split, "revision": args.revision}
-    return settings_of(
-        model,
-        image_processor,
-        images,
-        threshold=args.threshold,
-        nms_threshold=args.nms_threshold,
-        shard_size=args.shard_size,
-        **more,
-    )
 
 
 def _report_unreadable(shards: PredictionShards, count: int) -> None:

@@ -206,9 +206,13 @@ def _write_shard(path: Path, num_rows: int, encoded: Iterator[tuple[Tensor, Any]
                 stored = {name: labels[name].tolist() for name in FEATURES["labels"]}
                 writer.write({"states": states.contiguous().view(torch.uint8).numpy().tobytes(), "labels": stored})
             writer.finalize()
-        unfinished.replace(path)
+        # A run beside this one may have written the shard in the meantime and taken this file for a leftover.
+        if unfinished.exists() or not path.is_file():
+            unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+    for leftover in path.parent.glob(f"{path.stem}.unfinished-*"):  # of runs that were killed
+        leftover.unlink(missing_ok=True)
 
 
 def _is_whole(shard: Path, num_rows: int) -> bool:
