@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoModelForObjectDetection
 from transformers.utils import find_adapter_config_file
 
+from .model.configuration_dit_detection import DiTDetectionConfig
 from .model.modeling_dit_detection import DiTForObjectDetection
 
 if TYPE_CHECKING:
@@ -88,9 +89,10 @@ def load_detector(source: str | Path, *, revision: str | None = None, **kwargs: 
     Raises:
         ImportError: If it is an adapter and peft is not installed.
         OSError: If it is neither, or an adapter's base cannot be found.
+        ValueError: If it is a detector of another kind.
     """
     if not is_adapter(source, revision):
-        return AutoModelForObjectDetection.from_pretrained(source, revision=revision, **kwargs)
+        return _load_base(source, revision, **kwargs)
     try:
         from peft import PeftConfig, PeftModel
     except ImportError as error:
@@ -101,5 +103,15 @@ def load_detector(source: str | Path, *, revision: str | None = None, **kwargs: 
     base = str(beside) if beside.is_dir() else config.base_model_name_or_path
     if not base:
         raise OSError(f"{source}/adapter_config.json names no base_model_name_or_path. Write the base's id there.")
-    model = AutoModelForObjectDetection.from_pretrained(base, revision=config.revision, **kwargs)
+    model = _load_base(base, config.revision, **kwargs)
     return PeftModel.from_pretrained(model, str(source), revision=revision).merge_and_unload().eval()
+
+
+def _load_base(source: str | Path, revision: str | None, **kwargs: Any) -> DiTForObjectDetection:
+    model = AutoModelForObjectDetection.from_pretrained(source, revision=revision, **kwargs)
+    if model.config.model_type != DiTDetectionConfig.model_type:
+        raise ValueError(
+            f"{source} is a detector of type {model.config.model_type!r}, not {DiTDetectionConfig.model_type!r}. Name "
+            "one that was trained with dit_detection."
+        )
+    return model

@@ -9,6 +9,6 @@ import sys
 
 if __name__ == "__main__":
     sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
-    from dit_detection.commands.check import main
+    from dit_detection.cli import run
 
-    main()
+    run("check", sys.argv[1:])

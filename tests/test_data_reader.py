@@ -263,6 +263,16 @@ def test_objects_column_with_integers_or_names_for_classes() -> None:
     assert names["train"][0]["objects"]["category"] == [1, 0]
 
 
+def test_objects_column_with_nothing_for_an_empty_list() -> None:
+    rows = hub_rows()
+    objects = [*rows["objects"][:1], dict.fromkeys(("id", "area", "bbox", "category"))]
+    rows = rows.remove_columns("objects").add_column("objects", objects, feature=rows.features["objects"])
+    assert rows[1]["objects"]["bbox"] is None
+    assert load_detection_dataset(rows)["train"]["objects"][1]["bbox"] == []
+    names = rows.cast_column("objects", hub_rows(Value("string")).features["objects"])
+    assert load_detection_dataset(names)["train"]["objects"][1]["category"] == []
+
+
 def test_objects_column_of_a_shuffled_and_transformed_data_set() -> None:
     rows = hub_rows().select([1, 0]).with_transform(lambda batch: batch)
     dataset = load_detection_dataset(rows)

@@ -52,7 +52,14 @@ def variant(name, autoencoders):
     return SMALL | ({"neck_channels": None, "strides": [16]} if name == "single_scale" else {})
 
 
-VARIANTS = ["pixels", "single_scale", "kl", "tiny"]
+SLOW = pytest.mark.slow
+# The large autoencoder takes a minute each time, and the tiny one is exported in the same way.
+VARIANTS = [
+    pytest.param("pixels", marks=SLOW),
+    pytest.param("single_scale", marks=SLOW),
+    pytest.param("tiny", marks=SLOW),
+    pytest.param("kl", marks=pytest.mark.long),
+]
 
 
 def random_inputs(batch, height, width):
@@ -280,7 +287,6 @@ def test_missing_packages_are_named_with_their_remedy(tiny_model, tmp_path, monk
 # Every kind of model, in every way
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_programs_equal_the_model_at_every_size(tiny_model, autoencoders, tmp_path, name):
     model = tiny_model(**variant(name, autoencoders))
@@ -292,7 +298,6 @@ def test_programs_equal_the_model_at_every_size(tiny_model, autoencoders, tmp_pa
             assert_close(program(**inputs), model(**inputs))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS[1:])
 def test_onnx_of_every_kind_of_model(tiny_model, autoencoders, tmp_path, name):
     model = tiny_model(**variant(name, autoencoders))
@@ -345,8 +350,7 @@ def assert_same_when_compiled(model, compiled, sizes):
             assert_close(compiled(**inputs), model(**inputs))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["single_scale", "pixels", "kl"])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_compiles_whole_and_not_anew_for_each_size(tiny_model, autoencoders, compiled, name):
     model = tiny_model(**variant(name, autoencoders))
     compiled_model, counter = compiled(model, "eager")

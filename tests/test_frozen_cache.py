@@ -366,6 +366,39 @@ def test_training_from_the_cache_is_training_without_it(make_model, rows, tmp_pa
     assert metrics["eval_loss"] == pytest.approx(eval_losses[-1], abs=1e-6, rel=1e-6)
 
 
+def test_each_trial_and_each_freezing_has_a_cache_of_its_own(make_model, rows, tmp_path):
+    trained = []
+
+    def model_init(trial):
+        model = make_model(2)
+        with torch.no_grad():  # as another timestep does
+            next(model.model.backbone.parameters()).mul_(2 + len(trained))
+        trained.append(model)
+        return model
+
+    arguments = DetectionTrainingArguments(
+        str(tmp_path / "run"),
+        use_cpu=True,
+        disable_tqdm=True,
+        max_steps=1,
+        save_strategy="no",
+        eval_strategy="no",
+        load_best_model_at_end=False,
+        cache_frozen=True,
+        frozen_cache_dir=str(tmp_path / "cache"),
+    )
+    more = {"processing_class": make_dataset(rows).image_processor, "train_dataset": make_dataset(rows)}
+    trainer = DetectionTrainer(args=arguments, model_init=model_init, **more)
+    for _ in range(2):
+        trainer.train()
+        assert len(list((tmp_path / "cache").iterdir())) == len(trained) - 1
+    trainer = DetectionTrainer(make_model(2), arguments, **more)
+    for num_layers in (2, 1):
+        trainer.model.freeze_backbone(num_layers)
+        trainer.train()
+        assert trainer.train_dataset.num_frozen_layers == num_layers
+
+
 def test_training_from_the_cache_in_bf16_is_close(make_model, rows, tmp_path):
     # A rate at which rounding does not grow from step to step.
     arguments = {"bf16": True, "learning_rate": 1e-4}

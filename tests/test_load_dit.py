@@ -326,7 +326,7 @@ def check_against_diffusers(folder, latents, expected, extension):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_dit_xl_2_as_published(tmp_path):
     """
     facebook/DiT-XL-2-256's exact configuration with 750 M random weights. Measured on one core: relative error 1.2e-6,
@@ -390,3 +390,11 @@ def test_source_names_show_no_paths(tmp_path, monkeypatch):
     assert source_name(loaded) == "facebook/DiT-XL-2-512"
     assert source_name(SimpleNamespace(transformer=loaded)) == "facebook/DiT-XL-2-512"
     assert source_name(SimpleNamespace(config={})) is None
+    # What was made from the published weights keeps their licence, whatever its folder is called.
+    for front_matter, expected in (
+        ("---\nbase_model: facebook/DiT-XL-2-256\n---\n", "facebook/DiT-XL-2-256"),
+        ("---\nlicense: mit\n---\n", "dit"),
+        ("no front matter", "dit"),
+    ):
+        (tmp_path / "mine" / "dit" / "README.md").write_text(front_matter)
+        assert source_name(tmp_path / "mine" / "dit") == expected

@@ -166,3 +166,26 @@ def test_the_command_that_trains_ends_with_one_commit(hub, dataset, monkeypatch,
     assert names >= DETECTOR | CARD | {"test_results.json", "predictions.jpg", "history.png"}
     assert not any(name.startswith(("checkpoint", "small-dit", "training_args")) for name in names)
     assert "test_map" in json.loads(hub.files(REPO)["test_results.json"])
+
+
+def test_a_card_that_cannot_be_written_does_not_end_training(make_trainer, hub, monkeypatch, caplog, tmp_path):
+    left_over = tmp_path / "my run" / ".push-of-a-killed-run"
+    left_over.mkdir(parents=True)
+    trainer = make_trainer(push_to_hub=True, hub_token=hub.WRITE)
+    assert not left_over.exists()
+
+    def fail(*args, **kwargs):
+        raise OSError("photo.jpg is gone")
+
+    monkeypatch.setattr(trainer, "create_model_card", fail)
+    trainer.train()
+    assert "was not pushed: photo.jpg is gone" in caplog.text
+
+
+def test_the_card_takes_the_names_of_the_trainer_and_refuses_others(make_trainer, tmp_path):
+    trainer = make_trainer()
+    trainer.create_model_card(finetuned_from="someone/dit", dataset="Cells")
+    card = (tmp_path / "my run" / "README.md").read_text()
+    assert "someone/dit" in card and "Cells" in card
+    with pytest.raises(TypeError, match=r"no tasks\. It has: model_name, .*dataset_name"):
+        trainer.create_model_card(tasks="object-detection")

@@ -115,7 +115,7 @@ def training_facts(
         "base_model": model.config.base_model,
         "dataset_name": "unnamed data",
         "seed": args.seed,
-        "hardware": _hardware(args.world_size),
+        "hardware": hardware_of(args.world_size),
         "versions": {name: version(name) for name in ("torch", "transformers", "diffusers", "dit_detection")},
         "hyperparameters": {
             "epochs": args.num_train_epochs,
@@ -284,7 +284,8 @@ def _trained_parts(model: Any) -> dict[str, str]:
     }
 
 
-def _hardware(world_size: int) -> str:
+def hardware_of(world_size: int) -> str:
+    """What this training ran on."""
     processes = "" if world_size == 1 else f", {world_size} processes"
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}{processes}"

@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
         print(f"Everything as JSON: {args.json}")
+    if args.fit_anchors and "fitted_anchors" not in report:
+        print(f"No training objects to fit anchors to: {args.fit_anchors} is not written.")
     if args.pictures:
         picture = draw_findings(findings, tables)
         if picture is None:
@@ -108,6 +110,8 @@ def _read_settings(args: argparse.Namespace) -> tuple[dict[str, AnchorSetting], 
     if len(sizes) > 2 or min(sizes) < 1:
         raise ValueError(f"--image_size {sizes}: give a side, or height and width, in pixels.")
     canvas = sizes[0], sizes[-1]
+    if args.model is not None and Path(args.model).is_file():  # of weights, in the original code's format
+        return {f"{args.model}, a DiT": _setting(overrides)}, canvas
     if args.model is not None:
         try:
             config = AutoConfig.from_pretrained(args.model)
@@ -179,7 +183,8 @@ def _measure_anchors(
     suggested = is_better(old["train"]["all"], new["train"]["all"])
     if "validation" in tables:
         suggested &= new["validation"]["all"]["covered"] >= old["validation"]["all"]["covered"]
-    overrides = (fitted if suggested else setting).to_overrides()
+    overrides = read_json_option("config_overrides", args.config_overrides)
+    overrides |= (fitted if suggested else setting).to_overrides()
     Path(args.fit_anchors).write_text(json.dumps(overrides, indent=1), encoding="utf-8")
     command = ["dit-detect", "train", "--dataset", args.dataset]
     # They fit the canvas they were fitted on, and the images.

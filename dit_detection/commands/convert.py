@@ -1,7 +1,6 @@
 """A DiT of diffusers → a detector whose neck and head are yet to be trained; an adapter → the detector it makes."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from transformers import AutoImageProcessor
 from ..adapters import is_adapter, load_detector
 from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
 from ..model.modeling_dit_detection import DiTForObjectDetection
+from .train_options import read_json_option
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -18,22 +18,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="dit-detect convert", description=__doc__)
     parser.add_argument(
         "source",
-        help="Hub id or folder: a DiT pipeline (facebook/DiT-XL-2-256) or a bare transformer; or an adapter, which is "
-        "merged into its base and takes no options",
+        help="Hub id or folder: a DiT pipeline (facebook/DiT-XL-2-256) or a bare transformer; or a .pt file of DiT, "
+        "SiT or REPA, with --family and --vae; or an adapter, which is merged into its base and takes no options",
     )
     parser.add_argument("output_dir", help="folder of the detector")
     parser.add_argument("--vae", default="auto", help="'auto', Hub id or folder of the autoencoder, or 'none'")
+    parser.add_argument("--family", choices=["dit", "sit", "repa"], help="of a .pt file: whose code saved it")
     parser.add_argument("--timestep", type=int, default=50, help="diffusion timestep, 0 to 999")
     parser.add_argument("--condition", type=int, help="class to condition on; default: none")
     parser.add_argument("--labels", nargs="+", help="names of the classes to detect")
     parser.add_argument("--image_size", type=int, default=512, help="side of the square canvas, in pixels")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: that of the source")
-    parser.add_argument("--config_overrides", type=json.loads, default={}, help="more of DiTDetectionConfig, as JSON")
+    parser.add_argument("--config_overrides", default="{}", help="more of DiTDetectionConfig: JSON, or a JSON file")
     args = parser.parse_args(argv)
 
     if is_adapter(args.source):
         if vars(args) != vars(parser.parse_args([args.source, args.output_dir])):
             parser.error(f"{args.source} is an adapter: all is settled by its base, and no option can change it.")
+        if Path(args.source).resolve() == Path(args.output_dir).resolve():
+            parser.error(f"{args.source}: two kinds of weights do not share a folder. Name another one.")
         load_detector(args.source).save_pretrained(args.output_dir)
         AutoImageProcessor.from_pretrained(args.source).save_pretrained(args.output_dir)
         print(f"The adapter is merged into its base: {args.output_dir}")
@@ -46,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         condition=args.condition,
         id2label=dict(enumerate(args.labels)) if args.labels else None,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
-        **args.config_overrides,
+        family=args.family,
+        **read_json_option("config_overrides", args.config_overrides),
     )
     model.save_pretrained(args.output_dir)
     DiTDetectionImageProcessor(size=args.image_size).save_pretrained(args.output_dir)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from datasets import DatasetDict
 
+from ..data import repeat_factors_of
 from ..model.modeling_dit_detection import DiTForObjectDetection
 from ..training.cost import measure_flops_per_second, training_cost
 from ..training.frozen_cache import canvas_of
@@ -37,16 +38,19 @@ def describe_cost(
         dtype=dtype,
     )
     num_train, num_validation = dataset["train"].num_rows, dataset["validation"].num_rows
+    num_drawn = num_train
+    if args.repeat_factor_threshold is not None:
+        num_drawn = round(sum(repeat_factors_of(dataset["train"], args.repeat_factor_threshold)))
     images_per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    steps_per_epoch = -(-num_train // images_per_step)
+    steps_per_epoch = -(-num_drawn // images_per_step)
     epochs = args.num_train_epochs if args.max_steps < 0 else args.max_steps / steps_per_epoch
     frozen = ["the latent encoder"] * (model.model.latent_encoder is not None)
     frozen += [f"the patch embedding and {num_frozen} of {model.config.num_hidden_layers} blocks"] * (num_frozen > 0)
 
     speed = EFFICIENCY * measure_flops_per_second(args.device, dtype) * args.world_size
     # Validation runs forward only, which is a third of forward and backward.
-    trained_flops = epochs * cost.trained_flops * (num_train + num_validation / 3)
-    uncached = trained_flops + epochs * cost.frozen_flops * (num_train + num_validation)
+    trained_flops = epochs * cost.trained_flops * (num_drawn + num_validation / 3)
+    uncached = trained_flops + epochs * cost.frozen_flops * (num_drawn + num_validation)
     num_cached = num_train * num_views + num_validation
     lines = [
         ("images", f"{num_train} to train on, {num_validation} for validation"),
@@ -57,29 +61,36 @@ def describe_cost(
             f"{cost.frozen_flops / 1e9:.1f} GFLOP in the frozen part, {cost.trained_flops / 1e9:.1f} GFLOP in the "
             "rest, forward and backward",
         ),
-        ("memory", f"about {_size(cost.memory_bytes)} for a step of {args.train_batch_size} images per device"),
+        (
+            "memory",
+            f"about {size_text(cost.memory_bytes)} for a step of {args.per_device_train_batch_size} images per device"
+            + ", less with --gradient_checkpointing" * args.gradient_checkpointing,
+        ),
         ("steps", f"{steps_per_epoch} per epoch, {round(steps_per_epoch * epochs)} in all"),
         ("speed", f"{speed / 1e9:.0f} GFLOP/s: {EFFICIENCY:.0%} of what matrix products reach here just now"),
-        ("time", f"about {_duration(uncached / speed)}"),
+        ("time", f"about {duration_text(uncached / speed)}"),
     ]
     if cost.cache_bytes:
         cached = trained_flops + cost.frozen_flops * num_cached
         lines.append(
             (
                 "--cache_frozen",
-                f"{_size(cost.cache_bytes * num_cached)} of disk ({num_views} views per training image), "
-                f"{_size(cost.cached_memory_bytes)} of memory for a step, about {_duration(cached / speed)} in all",
+                f"{size_text(cost.cache_bytes * num_cached)} of disk ({num_views} views per training image), "
+                f"{size_text(cost.cached_memory_bytes)} of memory for a step, "
+                f"about {duration_text(cached / speed)} in all",
             )
         )
     table = "\n".join(f"  {name:<15}{text}" for name, text in lines)
     return f"What this run would take (nothing was trained):\n{table}"
 
 
-def _size(num_bytes: float) -> str:
+def size_text(num_bytes: float) -> str:
+    """Bytes as MB or GB."""
     return f"{num_bytes / 1e6:.0f} MB" if num_bytes < 1e9 else f"{num_bytes / 1e9:.1f} GB"
 
 
-def _duration(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
+    """Seconds in the largest unit of which there are more than one."""
     if seconds < 90:
         return f"{seconds:.0f} seconds"
     if seconds < 90 * 60:

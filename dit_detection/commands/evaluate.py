@@ -4,14 +4,16 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from transformers import AutoImageProcessor
 
 from ..adapters import load_detector
 from ..data import DetectionDataset, load_detection_dataset
-from ..data.formats import FORMATS
+from ..inference.batch_predictor import model_class_names
 from ..training.trainer import DetectionTrainer, DetectionTrainingArguments
+from .shared_options import add_data_options, data_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -20,36 +22,36 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("checkpoint", help="detector: folder or Hub id")
     parser.add_argument("--dataset", required=True, help="annotated images, in any form that `dit-detect train` reads")
     parser.add_argument("--split", default="test", help="train, validation or test")
-    parser.add_argument(
-        "--on_invalid", default="error", choices=["error", "drop", "clip"], help="see `dit-detect train`"
-    )
-    parser.add_argument("--format", choices=FORMATS, help="see `dit-detect train`")
     parser.add_argument("--batch_size", type=int, default=8, help="images at a time, on each device")
     parser.add_argument("--output", help="JSON file for the metrics")
+    # With those that the detector was trained with, a split that was set aside then is the same one now.
+    add_data_options(parser)
     args = parser.parse_args(argv)
+    if args.class_names is not None:
+        parser.error(f"--class_names: the classes are those of {args.checkpoint}.")
 
     model = load_detector(args.checkpoint)
     # In the order of the checkpoint's labels, whatever order the annotations have.
-    class_names = [model.config.id2label[label] for label in range(model.config.num_labels)]
-    dataset = load_detection_dataset(
-        args.dataset, on_invalid=args.on_invalid, format=args.format, class_names=class_names
-    )
+    options = data_arguments(args) | {"class_names": model_class_names(model)}
+    dataset = load_detection_dataset(args.dataset, on_invalid=args.on_invalid, **options)
     if args.split not in dataset:
         parser.error(f"--split {args.split}: {args.dataset} has {', '.join(dataset)}.")
     image_processor = AutoImageProcessor.from_pretrained(args.checkpoint)
-    trainer = DetectionTrainer(
-        model,
-        DetectionTrainingArguments(
-            eval_strategy="no",
-            save_strategy="no",
-            load_best_model_at_end=False,
-            per_device_eval_batch_size=args.batch_size,
-            use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
-        ),
-        processing_class=image_processor,
-        eval_dataset=DetectionDataset(dataset[args.split], image_processor),
-    )
-    metrics = trainer.evaluate(metric_key_prefix=args.split)
+    with TemporaryDirectory() as unused:  # every Trainer makes itself a folder
+        trainer = DetectionTrainer(
+            model,
+            DetectionTrainingArguments(
+                unused,
+                eval_strategy="no",
+                save_strategy="no",
+                load_best_model_at_end=False,
+                per_device_eval_batch_size=args.batch_size,
+                use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+            ),
+            processing_class=image_processor,
+            eval_dataset=DetectionDataset(dataset[args.split], image_processor),
+        )
+        metrics = trainer.evaluate(metric_key_prefix=args.split)
     trainer.log_metrics(args.split, metrics)
     if args.output and trainer.is_world_process_zero():
         Path(args.output).write_text(json.dumps(metrics, indent=1))

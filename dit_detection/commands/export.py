@@ -74,9 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for (batch, height, width), difference in zip(shapes, differences, strict=True):
         print(f"{batch} x 3 x {height} x {width}: largest difference from the model {difference:.1e}")
     if not max(differences) <= TOLERANCE:  # NaN fails too
+        for path in (output, output.with_name(f"{output.name}.data")):
+            path.unlink(missing_ok=True)
         sys.exit(
-            f"dit-detect export: {output} computes something else than the model (more than {TOLERANCE:g} apart). Do "
-            f"not use it. Other versions of torch, onnxscript and onnxruntime may do better; please report the case."
+            f"dit-detect export: {output} computed something else than the model (more than {TOLERANCE:g} apart), and "
+            f"is deleted. Other versions of torch, onnxscript and onnxruntime may do better; please report the case."
         )
     size = sum(path.stat().st_size for path in (output, output.with_name(f"{output.name}.data")) if path.exists())
     print(f"{output}: {size / 1e6:.1f} MB")

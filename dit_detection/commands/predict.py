@@ -21,6 +21,7 @@ from ..inference.batch_predictor import model_class_names
 from ..inference.prediction_formats import write_predictions
 from ..inference.prediction_shards import PredictionShards, SettingsChangedError
 
+UNREADABLE = 3  # the exit code when all is done, but not all images could be read
 MAX_NAMED = 10  # unreadable images in the message at the end
 
 
@@ -68,8 +69,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     # A process that has done its share waits for the slowest, which may take longer than any other collective call.
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
     try:
-        if state.is_main_process and args.overwrite:
-            shards.remove()
         images = _open_images(args, state, listing)
         model = load_detector(args.checkpoint).to(state.device).eval()
         image_processor = AutoImageProcessor.from_pretrained(args.checkpoint)
@@ -79,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             more = {} if pictures is None else {"pictures": True}
             if isinstance(images, IterableDataset):
                 more |= {"source": args.images, "split": args.split, "revision": args.revision}
+            if args.overwrite:  # now that all there is to read has been found
+                shards.remove()
             shards.start(settings_of(model, image_processor, images, **how, **more))
         state.wait_for_everyone()
         predict_images(
@@ -127,4 +128,8 @@ def _report_unreadable(shards: PredictionShards, count: int) -> None:
     if count:
         broken = islice((f"{found['file']} {found['error']}" for found in shards if found["error"]), MAX_NAMED)
         named = "\n  ".join(broken)
-        sys.exit(f"dit-detect predict: {count} of the images could not be read; their predictions say why:\n  {named}")
+        print(
+            f"dit-detect predict: {count} of the images could not be read; their predictions say why:\n  {named}",
+            file=sys.stderr,
+        )
+        sys.exit(UNREADABLE)

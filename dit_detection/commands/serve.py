@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor
+from transformers import AutoConfig, AutoImageProcessor
 
-from ..adapters import load_detector
+from ..adapters import is_adapter, load_detector
 from ..inference.serving import BatchedDetector
 
 # Where the processes that answer find the command's options: uvicorn starts them by the name of a function.
@@ -33,6 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(f"dit-detect serve needs {library}: pip install 'dit_detection[serve]'")
     import uvicorn
 
+    try:  # here, where it is told once: of a process that cannot load it uvicorn only starts the next
+        if not is_adapter(args.checkpoint):
+            AutoConfig.from_pretrained(args.checkpoint, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        sys.exit(f"dit-detect serve: {error}")
     os.environ[ENVIRONMENT] = json.dumps(vars(args))
     uvicorn.run(
         f"{__name__}:{load_app.__name__}",

@@ -1,4 +1,4 @@
-"""Options that `dit-detect check` and `dit-detect preview` share, so that both look at what training would read."""
+"""Options that `dit-detect check`, `preview` and `evaluate` share, so that all look at what training would read."""
 
 import argparse
 from pathlib import Path

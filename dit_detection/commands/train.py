@@ -1,5 +1,6 @@
 """Annotated images → a trained detector, its mAP, and pictures of what it sees."""
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from ..data import (
 from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
 from ..model.modeling_dit_detection import DiTForObjectDetection
 from ..small_dit import DETECTORS, write_small_dit
+from ..training.frozen_cache import canvas_of
 from ..training.trainer import DetectionTrainer, DetectionTrainingArguments
 from .dry_run import describe_cost
 from .train_options import (
@@ -77,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     minutes = trainer.state.log_history[-1]["minutes"]
 
-    # The split that training never saw, not even to choose the checkpoint.
+    # The split that training never saw; without a test split, the one that chose the checkpoint.
     held_out = "test" if "test" in dataset else "validation"
     metrics = trainer.evaluate(_inputs(dataset[held_out], image_processor), metric_key_prefix=held_out)
     trainer.log_metrics(held_out, metrics)
@@ -159,6 +161,8 @@ def _load_model(
     source = model_args.model
     is_detector = source is not None and _is_detector(source)
     if is_detector:
+        image_processor = DiTDetectionImageProcessor.from_pretrained(source)
+        _refuse_what_is_settled(model_args, canvas_of(image_processor))
         label2id = {name: index for index, name in id2label.items()}
         model = DiTForObjectDetection.from_pretrained(
             source,
@@ -168,7 +172,6 @@ def _load_model(
             dtype=torch.float32,
             **overrides,
         )
-        image_processor = DiTDetectionImageProcessor.from_pretrained(source)
     else:
         if source is None:
             source = str(Path(args.output_dir) / "small-dit")
@@ -184,6 +187,7 @@ def _load_model(
             condition=model_args.condition,
             id2label=id2label,
             dtype=torch.float32,
+            family=model_args.family,
             **overrides,
         )
         height, width = model_args.image_size[0], model_args.image_size[-1]
@@ -202,12 +206,27 @@ def _load_model(
     return model, image_processor
 
 
+def _refuse_what_is_settled(model_args: ModelArguments, canvas: tuple[int, int]) -> None:
+    """A detector that training goes on with has its DiT and its canvas."""
+    for field in dataclasses.fields(ModelArguments):
+        given = getattr(model_args, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        is_same = field.name == "image_size" and (given[0], given[-1]) == canvas
+        if field.name in ("vae", "family", "timestep", "condition", "image_size") and given != default and not is_same:
+            raise ValueError(
+                f"--{field.name} {given}: {model_args.model} is a detector, whose DiT and canvas are settled. Leave "
+                "the option out, or begin with the DiT that the detector was made of."
+            )
+
+
 def _is_detector(source: str) -> bool:
     if is_adapter(source):
         raise ValueError(
             f"--model {source} is an adapter. To go on from the detector it makes, merge it first: "
             f"dit-detect convert {source} FOLDER"
         )
+    if Path(source).is_file():  # of weights: as a configuration all of it would be read
+        return False
     try:
         return AutoConfig.from_pretrained(source).model_type == "dit_detection"
     except (OSError, ValueError, KeyError):  # a diffusers checkpoint: its config is not one of transformers

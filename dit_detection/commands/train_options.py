@@ -34,9 +34,13 @@ class ModelArguments:
     model: str | None = field(
         default=None,
         metadata={
-            "help": "DiT of diffusers: Hub id or folder of a pipeline (facebook/DiT-XL-2-256) or bare transformer; or "
-            "a detector of this library to go on from. Default: a small DiT on pixels with random weights."
+            "help": "DiT of diffusers: Hub id or folder of a pipeline (facebook/DiT-XL-2-256) or bare transformer; a "
+            ".pt file of DiT, SiT or REPA, with --family and --vae; or a detector of this library to go on from. "
+            "Default: a small DiT on pixels with random weights."
         },
+    )
+    family: Literal["dit", "sit", "repa"] | None = field(
+        default=None, metadata={"help": "Of a .pt file: whose code saved it.", "choices": ["dit", "sit", "repa"]}
     )
     random_dit: Literal["tiny", "small"] = field(
         default="small",
@@ -137,12 +141,14 @@ class DataArguments:
 
 def parse_options(argv: list[str]) -> tuple[ModelArguments, DataArguments, DetectionTrainingArguments]:
     """What the command line says, with defaults for this machine and for the embedded job."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, DetectionTrainingArguments), prog="dit-detect train")
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, DetectionTrainingArguments), prog="dit-detect train", allow_abbrev=False
+    )
     on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     parser.set_defaults(
         output_dir="outputs",
         use_cpu=on_cpu,
-        bf16=_computes_bf16(on_cpu),
+        bf16=computes_bf16(on_cpu),
         per_device_train_batch_size=8,
         # On a CPU the workers would take the cores from the model.
         dataloader_num_workers=0 if on_cpu else 4,
@@ -152,6 +158,8 @@ def parse_options(argv: list[str]) -> tuple[ModelArguments, DataArguments, Detec
     if not _names(argv, "--dataset"):
         parser.set_defaults(**EMBEDDED_JOB)
     model_args, data_args, args = parser.parse_args_into_dataclasses(args=argv)
+    if len(model_args.image_size) > 2 or min(model_args.image_size) < 1:
+        parser.error(f"--image_size {model_args.image_size}: give a side, or height and width, in pixels.")
     if model_args.dry_run and model_args.lora_r is not None:
         parser.error("--dry_run does not count --lora_r; without it, it tells what training whole blocks takes: more.")
     if data_args.streaming:
@@ -162,6 +170,9 @@ def parse_options(argv: list[str]) -> tuple[ModelArguments, DataArguments, Detec
             "class_weights": data_args.class_weights,
             "dry_run": model_args.dry_run,
             "num_views": data_args.num_views,
+            "repeat_factor_threshold": args.repeat_factor_threshold,
+            "test_fraction": data_args.test_fraction,
+            "group_by": data_args.group_by,
         }
         for name in (name for name, value in needs_all.items() if value):
             parser.error(f"--{name} needs to see all images beforehand, and --streaming does not.")
@@ -172,13 +183,12 @@ def parse_options(argv: list[str]) -> tuple[ModelArguments, DataArguments, Detec
     return model_args, data_args, args
 
 
-def shown_command(argv: list[str]) -> str:
+def shown_command(argv: list[str], command: str = "train") -> str:
     """The command for others to repeat: without what resumes it, and without tokens."""
-    shown, is_value = ["dit-detect", "train"], False
+    shown, is_value = ["dit-detect", command], False
     for argument in argv:
         name, has_value, _ = argument.partition("=")
-        # As argparse does, in any form that is long enough to be told from the other options.
-        if name.startswith("--") and name[2:].replace("-", "_").startswith(("resume", "hub_t", "push_to_hub_t")):
+        if name.replace("-", "_") in ("__resume_from_checkpoint", "__hub_token", "__push_to_hub_token"):
             is_value = not has_value
         elif is_value:
             is_value = False
@@ -209,7 +219,7 @@ def _names(argv: list[str], option: str) -> bool:
     return any(argument == option or argument.startswith(f"{option}=") for argument in argv)
 
 
-def _computes_bf16(on_cpu: bool) -> bool:
+def computes_bf16(on_cpu: bool) -> bool:
     """Whether bf16 is faster here: a CPU without matrix units for it computes it slower than float32."""
     if on_cpu:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -45,18 +45,7 @@ def find_format(source: Path) -> Format:
             f"{source} is no file of annotations: known are {', '.join(FILE_FORMATS)}. Name one, or the folder that "
             "holds the data set; unpack archives first."
         )
-    if is_saved_to_disk(source):
-        return "datasets"
-    signs: dict[Format, str | None] = {
-        "voc": find_voc(source),
-        "yolo": find_yolo(source),
-        "imagefolder": find_image_folder(source),
-        "datasets": find_saved_dataset(source),
-    }
-    found = {format: sign for format, sign in signs.items() if sign is not None}
-    json_files = list_json_files(source)
-    if (json_files and not found) or any(map(looks_like_coco, json_files)):
-        found["coco"] = str(json_files[0])
+    found = find_formats(source)
     if len(found) == 1:
         return next(iter(found))
     if found:
@@ -67,6 +56,23 @@ def find_format(source: Path) -> Format:
     raise InvalidDatasetError(
         f"{source} holds no annotations that are known. Looked for:\n{LOOKED_FOR}\n  Found: {_contents(source)}."
     )
+
+
+def find_formats(folder: Path) -> dict[Format, str]:
+    """The annotation formats that a folder shows signs of, and a file of each."""
+    if is_saved_to_disk(folder):
+        return {"datasets": str(folder)}
+    signs: dict[Format, str | None] = {
+        "voc": find_voc(folder),
+        "yolo": find_yolo(folder),
+        "imagefolder": find_image_folder(folder),
+        "datasets": find_saved_dataset(folder),
+    }
+    found = {format: sign for format, sign in signs.items() if sign is not None}
+    json_files = list_json_files(folder)
+    if (json_files and not found) or any(map(looks_like_coco, json_files)):
+        found["coco"] = str(json_files[0])
+    return found
 
 
 def _contents(folder: Path) -> str:

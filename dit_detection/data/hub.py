@@ -54,7 +54,7 @@ def load_hub_dataset(
         raise InvalidDatasetError(f"{source} does not exist. Check the path.")
     try:
         return load_dataset(str(source), name, revision=revision, streaming=streaming)
-    except (FileNotFoundError, ConnectionError) as error:
+    except (FileNotFoundError, ConnectionError, ValueError) as error:
         raise InvalidDatasetError(
             f"{source} is no folder or file here, and could not be loaded from the Hub: {error}. Check its name."
         ) from error
@@ -199,8 +199,8 @@ def object_fields(dataset: Dataset | IterableDataset, split: str) -> dict[str, A
 
 def object_columns(objects: Any) -> dict[str, list[Any]]:
     """The objects of one image as a dict of lists; some data sets have a list of dicts."""
-    if isinstance(objects, dict):
-        return objects
+    if isinstance(objects, dict):  # Arrow may have nothing at all in the place of an empty list
+        return {field: [] if values is None else values for field, values in objects.items()}
     fields = ("id", "bbox", "category", "area", "iscrowd")
     return {field: [entry.get(field) for entry in objects or []] for field in fields}
 

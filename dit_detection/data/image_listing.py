@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets import Image as ImageFeature
 from datasets.arrow_writer import ArrowWriter
@@ -25,7 +26,7 @@ def is_dataset(source: str) -> bool:
     if path.is_dir():
         return is_saved_to_disk(path) or (next(find_images(path), None) is None and bool(find_saved_dataset(path)))
     if path.exists():
-        return path.suffix == ".parquet"
+        return False
     return not (path.is_absolute() or source.startswith(".") or source.count("/") > 1 or is_image(path))
 
 
@@ -48,7 +49,15 @@ def list_images(sources: Sequence[str], target: Path) -> None:
         InvalidDatasetError: A source does not exist, a folder holds no image, or a name is no text.
     """
     unfinished = target.with_suffix(".unfinished")
-    with ArrowWriter(features=FILE_FEATURES, path=str(unfinished), writer_batch_size=10_000) as writer:
+    try:
+        _write_list(sources, unfinished)
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _write_list(sources: Sequence[str], target: Path) -> None:
+    with ArrowWriter(features=FILE_FEATURES, path=str(target), writer_batch_size=10_000) as writer:
         for source in sources:
             found = False
             for path in [source] if os.path.isfile(source) else find_images(source) if os.path.isdir(source) else []:
@@ -60,7 +69,6 @@ def list_images(sources: Sequence[str], target: Path) -> None:
                 what = "The folder {} holds no images." if os.path.isdir(source) else "There is no file or folder {}."
                 raise InvalidDatasetError(f"{what.format(source)} Check the path.")
         writer.finalize()
-    unfinished.replace(target)
 
 
 def open_list(listed: Path) -> Dataset:
@@ -89,7 +97,9 @@ def open_dataset(source: str, split: str | None, revision: str | None, streaming
         raise InvalidDatasetError(
             f'{source} needs a column "image", but has {columns}. Rename the one with the images.'
         )
-    kept = [name for name in ("image", "image_id") if name in loaded.features]
+    kept = ["image"]
+    if pa.types.is_integer(getattr(loaded.features.get("image_id"), "pa_type", pa.null())):
+        kept.append("image_id")  # other ids are in the way of COCO's, which are numbers
     return loaded.with_format(None).select_columns(kept).cast_column("image", ImageFeature(decode=False))
 
 

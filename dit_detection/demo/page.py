@@ -76,10 +76,6 @@ def load_page(
         ValueError: It is no detector of this package.
     """
     model = load_detector(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
-    if model.config.model_type != "dit_detection":
-        raise ValueError(
-            f"{checkpoint} is a model of type {model.config.model_type!r}; the page is for dit_detection alone."
-        )
     image_processor = AutoImageProcessor.from_pretrained(
         checkpoint, revision=revision, trust_remote_code=trust_remote_code
     )

@@ -71,6 +71,8 @@ class PredictionShards:
                 raise SettingsChangedError(
                     f"{self.folder} holds {', '.join(strange)}, but no manifest.json that says how they were made. "
                     "Name another --output_dir, or move them away."
+                    if not self.manifest_file.is_file()
+                    else f"{self.manifest_file} is damaged. Begin anew with --overwrite, or name another --output_dir."
                 )
         if before is not None:
             changes = [

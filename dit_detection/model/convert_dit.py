@@ -121,6 +121,7 @@ def fold_dit(
     config: DiTDetectionConfig,
     *,
     dtype: torch.dtype | None = None,
+    family: str | None = None,
 ) -> dict[str, Tensor]:
     """
     The weights of a `DiTDetectionModel`: the DiT folded at the timestep and condition of `config`, and the encoder.
@@ -128,6 +129,7 @@ def fold_dit(
     Args:
         config: From [`dit_config`] on the same models.
         dtype (`torch.dtype`, *optional*): Of the result, by default the transformer's. Folding is done in float64.
+        family (`str`, *optional*): Of a transformer from [`load_original`], the one given there.
 
     Returns:
         `dict[str, torch.Tensor]`: On the CPU; unfolded weights share memory with the source where they can.
@@ -141,8 +143,7 @@ def fold_dit(
     depth = source.num_layers
     taps = list(config.out_indices or ())
     condition = source.num_embeds_ada_norm if config.condition is None else config.condition
-    # diffusers computes it in float32 whatever the model's dtype; at timestep 999 the exact one differs by 5e-5.
-    sinusoid = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=1)(torch.tensor([config.timestep])).double()
+    sinusoid = sinusoid_at(config.timestep, family)
     folded: dict[str, Tensor] = {}
 
     def take(key: str) -> Tensor:
@@ -202,6 +203,24 @@ def fold_dit(
             folded[f"latent_encoder.{key}"] = take(key).to(dtype)
         _check_all_used(weights, ("decoder.", "post_quant_conv."), "autoencoder")
     return folded
+
+
+def sinusoid_at(timestep: int, family: str | None) -> Tensor:
+    """
+    What the timestep embedder of a DiT was trained on, as `(1, 256)`, at a timestep from 0 (clean) to 1000 (noise).
+
+    SiT and REPA count time in [0, 1] along a straight path, on which `timestep` thousandths of an image are noise: SiT
+    from noise to image, REPA from image to noise. (On the path of DiT, timestep 50 is 15 % noise: there it is 150.)
+
+    Args:
+        family (`str`, *optional*): `"dit"`, `"sit"` or `"repa"` of the original code; `None` for diffusers, whatever
+            its scheduler. Beside the time, the spacing of the 128 frequencies differs: they end before 1 / 10000 in
+            the original code, and there in diffusers.
+    """
+    time = {"sit": 1 - timestep / 1000, "repa": timestep / 1000}.get(family or "", timestep)
+    sinusoid = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=1 if family is None else 0)
+    # All of them compute it in float32 whatever the model's dtype; at timestep 999 the exact one differs by 5e-5.
+    return sinusoid(torch.tensor([time])).double()
 
 
 def _check_all_used(weights: dict[str, Tensor], dropped: tuple[str, ...], owner: str) -> None:

@@ -13,7 +13,7 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, snapshot_download
 from safetensors import safe_open
 
 _AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
@@ -45,7 +45,7 @@ def load_dit(
         _check_is_dit(_read_config(folder, subfolder), source)
         transformer = _load_model(DiTTransformer2DModel, source, "source", subfolder)
         if vae == "auto" and (folder / "vae" / "config.json").is_file():
-            autoencoder = _load_autoencoder(source, "source")
+            autoencoder = load_autoencoder(source, "source")
     else:
         is_diffusers_transformer = isinstance(source, DiTTransformer2DModel | Transformer2DModel)
         name = type(source).__name__
@@ -56,23 +56,31 @@ def load_dit(
     if vae is None or isinstance(vae, torch.nn.Module):
         autoencoder = vae
     elif vae != "auto":
-        autoencoder = _load_autoencoder(vae, "vae")
+        autoencoder = load_autoencoder(vae, "vae")
     elif autoencoder is None and in_channels != 3:
         raise ValueError(
             f"source holds a DiT on latents of {in_channels} channels, but no autoencoder: pass the one that it was "
-            f"trained with as vae=..., such as vae='stabilityai/sd-vae-ft-ema' for the published DiT-XL/2."
+            f"trained with as vae=..., such as vae='stabilityai/sd-vae-ft-ema' for the published DiT, SiT and REPA."
         )
     _check_fits(in_channels, autoencoder)
     return transformer, autoencoder
 
 
 def source_name(source: Any) -> str | None:
-    """The Hub id of a source, or the last part of its folder: paths of this machine are nobody else's business."""
+    """
+    The Hub id of a source, or of what a folder's model card says that it was made from, licence and all; or the last
+    part of its folder: paths of this machine are nobody else's business.
+    """
     if not isinstance(source, str | os.PathLike):
         config = getattr(source, "transformer", source).config
         source = config.get("_name_or_path") or ""
     name = os.fspath(source)
-    is_hub_id = name.count("/") == 1 and not name.startswith(("/", ".")) and not os.path.isdir(name)
+    card = Path(name) / "README.md"
+    if name and card.is_file():
+        made_from = ModelCard.load(card, ignore_metadata_errors=True).data.get("base_model")
+        if isinstance(made_from, str):
+            return made_from
+    is_hub_id = name.count("/") == 1 and not name.startswith(("/", ".")) and not os.path.exists(name)
     return (name if is_hub_id else Path(name).name) or None
 
 
@@ -135,7 +143,17 @@ def _read_config(folder: Path, subfolder: str) -> dict[str, Any]:
     return {}
 
 
-def _load_autoencoder(source: str | os.PathLike, argument: str) -> AutoencoderKL | AutoencoderTiny:
+def load_autoencoder(source: str | os.PathLike, argument: str) -> AutoencoderKL | AutoencoderTiny:
+    """
+    Load an autoencoder from a Hub id or folder, of itself or of a pipeline that has one.
+
+    Args:
+        source: Hub id or local folder.
+        argument (`str`): What errors call it.
+
+    Raises:
+        `ValueError`: When it is none that is supported, or a weight is missing, unexpected or misshapen.
+    """
     folder = _fetch(source, argument, ["*.json"])
     subfolder = "vae" if (folder / "vae" / "config.json").is_file() else ""
     name = _read_config(folder, subfolder).get("_class_name")

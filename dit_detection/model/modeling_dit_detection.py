@@ -5,9 +5,10 @@ An object detector on a Diffusion Transformer (DiT, Peebles & Xie), not Microsof
 Shape letters: B images, A anchors, K candidates, M objects, N tokens, D width, H W pixels.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ from .head import AnchorHead
 from .labels import make_targets, pad_labels
 from .latent_encoder import LatentEncoder
 from .load_dit import load_dit, source_name
+from .load_original import load_original
 from .losses import DetectionLoss
 from .matcher import AnchorMatcher
 from .neck import SimpleFeaturePyramid, SingleScaleNeck
@@ -242,6 +244,8 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
         id2label: dict[int, str] | None = None,
         out_indices: list[int] | tuple[int, ...] | None = None,
         dtype: torch.dtype | None = None,
+        family: Literal["dit", "sit", "repa"] | None = None,
+        num_attention_heads: int | None = None,
         **config: Any,
     ) -> "DiTForObjectDetection":
         """
@@ -249,21 +253,35 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
 
         Args:
             source (`str` or a diffusers object): Hub id or folder of a DiT pipeline (`facebook/DiT-XL-2-256`) or of a
-                bare `DiTTransformer2DModel`, or the loaded pipeline or model.
+                bare `DiTTransformer2DModel`, or the loaded pipeline or model. Or a file of the original format, with
+                `family`, and `vae` for a DiT on latents: `stabilityai/sd-vae-ft-ema` for the published ones.
             vae (`str`, diffusers autoencoder or `None`): What turns pixels into latents. `"auto"`: the pipeline's own.
                 A Hub id, folder or object otherwise; `None` for a DiT on pixels.
-            timestep (`int`): Diffusion timestep whose features are used, 0 (clean) to 999.
+            timestep (`int`): Diffusion timestep whose features are used, 0 (clean) to 999. Of models of flow matching,
+                thousandths of noise.
             condition (`int`, *optional*): Class the features are conditioned on; by default none (the null class).
             id2label (`dict[int, str]`, *optional*): The classes to detect.
             out_indices (`list[int]`, *optional*): 0-based blocks to tap; by default 10/28, 14/28 and 18/28 of the
                 depth. Blocks after the deepest one are not kept.
             dtype (`torch.dtype`, *optional*): By default that of the source.
+            family (`str`, *optional*): Of a file of the original format, whose code saved it: `"dit"`, `"sit"` or
+                `"repa"`. They count time differently, and the file does not tell.
+            num_attention_heads (`int`, *optional*): Of such a file if its width is not that of a published size.
             config: Anything else of [`DiTDetectionConfig`].
 
         Raises:
             ValueError: If the source is not a DiT that can be folded, or an argument does not fit it.
         """
-        transformer, autoencoder = load_dit(source, vae=vae)
+        dit, is_path = source, isinstance(source, str | os.PathLike)
+        if is_path and os.path.isfile(source):
+            dit = load_original(source, family, num_attention_heads)
+        elif family is not None or num_attention_heads is not None:
+            shown = os.fspath(source) if is_path else type(source).__name__
+            raise ValueError(
+                f"family={family!r} and num_attention_heads={num_attention_heads} are for files of the original "
+                f"format, and source={shown!r} is no file. For diffusers leave them out: its configuration tells."
+            )
+        transformer, autoencoder = load_dit(dit, vae=vae)
         if id2label is not None:
             id2label = {int(index): name for index, name in id2label.items()}
             config |= {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
@@ -273,7 +291,7 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
         )
         dtype = transformer.dtype if dtype is None else dtype
         model = cls(detection_config).to(dtype)
-        model.model.load_state_dict(fold_dit(transformer, autoencoder, detection_config, dtype=dtype))
+        model.model.load_state_dict(fold_dit(transformer, autoencoder, detection_config, dtype=dtype, family=family))
         return model.eval()
 
     def freeze_backbone(self, num_layers: int | None = None) -> None:

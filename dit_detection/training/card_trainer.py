@@ -1,5 +1,6 @@
 """A Trainer that remembers what its model card will tell."""
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,9 @@ from ..card.training_card import (
     write_pictures,
 )
 from .sharing_trainer import SharingTrainer
+
+# What `Trainer.create_model_card` calls some of the fields.
+_NAMES_OF_TRAINER = {"finetuned_from": "base_model", "dataset": "dataset_name", "dataset_tags": "dataset_id"}
 
 
 class CardTrainer(SharingTrainer):
@@ -46,8 +50,10 @@ class CardTrainer(SharingTrainer):
         """As `Trainer.train`."""
         self._before, self._started = None, time.monotonic()
         self._evaluations = Evaluations()  # those so far were of other weights
-        output = super().train(*args, **kwargs)
-        self._started = None
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            self._started = None
         best_is_loaded = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
         if best_is_loaded and not isinstance(self.eval_dataset, dict) and EVAL not in self._evaluated():
             # The best step was before an interruption. The threshold is chosen by what it finds.
@@ -101,9 +107,11 @@ class CardTrainer(SharingTrainer):
 
         Args:
             model_name (`str`, *optional*): By default the name of the output folder.
-            facts: Fields of [`DetectionModelCardData`]; they go before `card_facts`, and those before what the trainer
+            facts: Fields of [`DetectionModelCardData`], or what `Trainer` calls some of them (`finetuned_from`,
+                `dataset`, `dataset_tags`); they go before `card_facts`, and those before what the trainer
                 knows.
         """
+        facts = self._named_facts(facts)
         if not self.is_world_process_zero():
             return
         evaluations = self._evaluated()
@@ -121,6 +129,15 @@ class CardTrainer(SharingTrainer):
             for name, value in write_pictures(self.args.output_dir, data, held_out_of(evaluations)).items():
                 setattr(data, name, value)
         write_card(self.args.output_dir, data)
+
+    def _named_facts(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Fields of the card, by its own names."""
+        facts = {_NAMES_OF_TRAINER.get(name, name): value for name, value in facts.items()}
+        known = [field.name for field in dataclasses.fields(DetectionModelCardData)]
+        unknown = [name for name in (*facts, *self.card_facts) if name not in known]
+        if unknown:
+            raise TypeError(f"The model card has no {', '.join(unknown)}. It has: {', '.join(known)}.")
+        return facts
 
     def _remember(self, prefix: str, metrics: dict[str, float], dataset: Any) -> None:
         """Keep what was found for the model card."""

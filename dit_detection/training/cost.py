@@ -107,7 +107,7 @@ def _count_step(
 ) -> tuple[int, int]:
     """FLOPs and peak bytes of a step, forward and backward, without matching and loss: they are small beside."""
     model.zero_grad()
-    with _PeakMemory() as memory, FlopCounterMode(display=False) as counter:
+    with PeakMemory() as memory, FlopCounterMode(display=False) as counter:
         with autocast:
             features = model.model(**inputs)
             logits, deltas = model.head(model.neck(features.feature_maps.unbind(1)))
@@ -115,7 +115,7 @@ def _count_step(
     return counter.get_total_flops(), memory.peak
 
 
-class _PeakMemory(TorchDispatchMode):
+class PeakMemory(TorchDispatchMode):
     """The most bytes that tensors made under it hold at one time."""
 
     def __init__(self) -> None:

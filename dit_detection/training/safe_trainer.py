@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
@@ -27,6 +27,7 @@ from .checkpoint_files import (
     rotate_checkpoints,
 )
 from .ema import EmaCallback
+from .sharded import ShardedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class NonFiniteLossError(TrainingStoppedError):
     """The loss or its gradient is infinite or not a number; the weights are those before the step."""
 
 
-class SafeTrainer(Trainer):
+class SafeTrainer(ShardedTrainer):
     """
     A `Trainer` whose runs survive what breaks them.
 

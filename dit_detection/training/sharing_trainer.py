@@ -17,6 +17,9 @@ from ..sharing.shared_files import card_files, files_to_share
 
 logger = logging.getLogger(__name__)
 
+# What a checkpoint has to share lies in such a folder of the run while it is sent.
+_COPY = ".push-"
+
 
 class SharingTrainer(Trainer):
     """
@@ -52,6 +55,8 @@ class SharingTrainer(Trainer):
         with hub_errors(name):
             self.hub_model_id = HfApi(token=token).create_repo(name, private=private, exist_ok=True).repo_id
         self.push_in_progress = None
+        for left_over in Path(self.args.output_dir).glob(f"{_COPY}*"):  # of a run that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
 
     def push_to_hub(
         self,
@@ -107,12 +112,12 @@ class SharingTrainer(Trainer):
         if running is not None and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self._write_card()
         by_steps = self.args.save_strategy == SaveStrategy.STEPS
         now = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch or 0)}"
         # The checkpoint may be deleted, and the card rewritten, before the upload has ended.
-        copy = TemporaryDirectory(prefix="push-", dir=self.args.output_dir)
+        copy = TemporaryDirectory(prefix=_COPY, dir=self.args.output_dir)
         try:
+            self._write_card()
             _copy_shared(Path(checkpoint_folder), Path(self.args.output_dir), Path(copy.name))
         except (OSError, ValueError) as error:
             copy.cleanup()

@@ -13,6 +13,7 @@ from transformers.trainer_utils import BestRun, TrainOutput
 
 from ..adapters import detector_of
 from ..card.detection_report import ImageDetections
+from ..card.training_card import VALIDATION
 from ..data import DetectionDataset, EpochCallback, RepeatFactorSampler, collate_detection, repeat_factors_of
 from ..metrics import CocoMetric
 from .card_trainer import CardTrainer
@@ -128,6 +129,9 @@ class DetectionTrainer(CardTrainer, SafeTrainer):
             raise ValueError(
                 "DetectionTrainer needs processing_class, the image processor: it turns outputs into boxes."
             )
+        args = DetectionTrainingArguments() if args is None else args
+        if not isinstance(args, DetectionTrainingArguments):
+            raise TypeError(f"DetectionTrainer needs args of DetectionTrainingArguments, not {type(args).__name__}.")
         kwargs.setdefault("data_collator", collate_detection)
         kwargs.setdefault("compute_metrics", self._compute_coco_metrics)
         super().__init__(model, args, processing_class=processing_class, **kwargs)
@@ -148,11 +152,16 @@ class DetectionTrainer(CardTrainer, SafeTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`; with `args.cache_frozen` the frozen part first runs over the data sets, once."""
-        if self.args.cache_frozen:
-            self.train_dataset = self._without_frozen_part(self.train_dataset)  # type: ignore[has-type]
-            if self.args.eval_strategy != "no":
-                self.eval_dataset = self._without_frozen_part(self.eval_dataset)  # type: ignore[has-type]
+        if self.args.cache_frozen and self.model_init is None:
+            self._use_frozen_cache(self.model)
         return super().train(*args, **kwargs)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As `Trainer.call_model_init`; with `args.cache_frozen` the frozen part is that of the model of the trial."""
+        model = super().call_model_init(trial)
+        if self.args.cache_frozen and getattr(self, "is_in_train", False):  # not for the model of `__init__`
+            self._use_frozen_cache(model)
+        return model
 
     def hyperparameter_search(
         self,
@@ -167,14 +176,20 @@ class DetectionTrainer(CardTrainer, SafeTrainer):
             kwargs.setdefault("catch", (NonFiniteLossError,))  # which ends a trial, but not the search
         return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, **kwargs)
 
-    def _without_frozen_part(self, dataset: Any) -> Any:
+    def _use_frozen_cache(self, model: nn.Module) -> None:
+        """Put what the frozen part of `model` makes of the given data sets in their place."""
+        self.train_dataset = self._without_frozen_part(model, self._given_datasets["train"])
+        if self.args.eval_strategy != "no":
+            self.eval_dataset = self._without_frozen_part(model, self._given_datasets[VALIDATION])
+
+    def _without_frozen_part(self, model: nn.Module, dataset: Any) -> Any:
         """The data set after the frozen part; dicts of evaluation sets one by one."""
         if isinstance(dataset, dict):
-            return {name: self._without_frozen_part(one) for name, one in dataset.items()}
+            return {name: self._without_frozen_part(model, one) for name, one in dataset.items()}
         if isinstance(dataset, FrozenDataset):
             return dataset
         return cache_frozen(
-            detector_of(self.model),
+            detector_of(model),
             dataset,
             dtype=torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32,
             cache_dir=self.args.frozen_cache_dir,

@@ -1,0 +1,220 @@
+"""Images without annotations → a pretrained Diffusion Transformer, for `dit-detect train --model`."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import psutil  # which accelerate needs, too
+import torch
+import transformers
+from datasets import Dataset, Features, concatenate_datasets
+from datasets import Image as ImageFeature
+from transformers import set_seed
+
+from ..data import InvalidDatasetError, draw_shapes_dataset
+from ..model.load_dit import load_autoencoder, source_name
+from ..pretraining.diffusion_model import DiffusionModel, is_flow
+from ..pretraining.diffusion_trainer import DiffusionTrainer, PretrainingArguments
+from ..pretraining.image_sources import list_training_images
+from ..pretraining.image_views import CentreCrops, DecodedImages, FixedNoise, NoisedViews, RandomCrops
+from ..pretraining.latent_cache import cache_latents
+from ..pretraining.new_dit import new_dit, new_scheduler
+from ..pretraining.pipeline_folder import load_pipeline, save_pipeline
+from ..pretraining.pretraining_card import PretrainingFacts, write_pretraining_card
+from ..pretraining.run_cost import measure_step, step_cost
+from .dry_run import duration_text, size_text
+from .pretrain_options import PretrainingOptions, parse_options
+from .train_options import shown_command
+
+logger = logging.getLogger(__name__)
+
+MAX_HELD_OUT = 256
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Run the job; returns the metrics on the held-out images (none after a dry run)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    options, args = parse_options(argv)
+    logging.basicConfig(level=logging.INFO if args.process_index == 0 else logging.ERROR, format="%(message)s")
+    if args.process_index != 0:
+        datasets.disable_progress_bars()
+        transformers.logging.set_verbosity_error()
+    set_seed(args.seed)
+    model, vae = _load_model(options)
+    image_size = _image_size(model, vae)
+    with args.main_process_first(desc="listing the images"):
+        rows = _list_images(options, image_size, args.seed)
+    if options.dry_run:
+        if args.process_index == 0:
+            print(_describe_cost(model, args, len(rows)))
+        return {}
+    images = _read_images(rows, options, args, image_size)
+    train, held_out = _datasets(images, options, args, model, vae)
+    trainer = DiffusionTrainer(model, args, vae=vae, train_dataset=train, eval_dataset=held_out)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    minutes = trainer.state.log_history[-1].get("minutes", 0.0)
+    metrics = trainer.evaluate()
+    trainer.save_metrics("eval", metrics)
+    trainer.save_state()
+
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.is_world_process_zero():
+        folder = Path(str(args.output_dir))
+        trained = DiffusionModel(type(model.transformer).from_config(model.transformer.config), model.scheduler)
+        trained.load_state_dict(weights)
+        if options.save_dtype != "float32":
+            trained.transformer.to(getattr(torch, options.save_dtype))
+        save_pipeline(folder, trained.transformer, model.scheduler, vae)
+        facts = _facts(options, args, trainer, images, shown_command(argv, "pretrain"), minutes)
+        samples = trainer.samples_dir / f"step-{trainer.state.global_step:07d}.png"
+        write_pretraining_card(folder, facts, trainer.state.log_history, samples if samples.is_file() else None)
+    logger.info(
+        "Held-out loss %.4f after %.1f minutes of training. Train a detector on it with: dit-detect train --model %s",
+        metrics["eval_loss"],
+        minutes,
+        args.output_dir,
+    )
+    trainer.accelerator.end_training()
+    return metrics
+
+
+def _load_model(options: PretrainingOptions) -> tuple[DiffusionModel, Any]:
+    """The DiT with its objective, and its autoencoder or `None`."""
+    if options.model is not None:
+        transformer, scheduler, vae = load_pipeline(options.model, None if options.vae == "none" else options.vae)
+        return DiffusionModel(transformer, scheduler), vae
+    vae = None if options.vae in ("auto", "none") else load_autoencoder(options.vae, "vae")
+    downsampling = _downsampling(vae)
+    image_size = options.image_size or 256
+    if image_size % downsampling:
+        raise ValueError(f"image_size={image_size} must be a multiple of {downsampling}, a latent cell of the vae.")
+    channels = 3 if vae is None else vae.config.latent_channels
+    transformer = new_dit(options.size, image_size // downsampling, channels, downsampling)
+    objective = options.objective or ("sample" if vae is None else "flow")
+    return DiffusionModel(transformer, new_scheduler(objective, on_pixels=vae is None)), vae
+
+
+def _downsampling(vae: Any) -> int:
+    if vae is None:
+        return 1
+    return 2 ** (len(vae.config.get("block_out_channels") or vae.config.encoder_block_out_channels) - 1)
+
+
+def _image_size(model: DiffusionModel, vae: Any) -> int:
+    config: Any = model.transformer.config
+    return config.sample_size * _downsampling(vae)
+
+
+def _list_images(options: PretrainingOptions, image_size: int, seed: int) -> Dataset:
+    """All images, encoded: those of the sources, then the drawn ones."""
+    parts = [list_training_images(options.images)] if options.images else []
+    if options.num_shapes:
+        sides = (max(32, image_size), max(32, round(1.5 * image_size)))
+        drawn = draw_shapes_dataset(options.num_shapes, 0, 0, image_size=sides, seed=seed)["train"]
+        encoded = Features({"image": ImageFeature(decode=False)})
+        parts.append(drawn.with_format(None).select_columns(["image"]).cast(encoded))
+    rows = concatenate_datasets(parts)
+    if len(rows) < 2:
+        raise InvalidDatasetError("--images holds one image, and one must be held out. Name more.")
+    return rows
+
+
+def _read_images(
+    rows: Dataset, options: PretrainingOptions, args: PretrainingArguments, image_size: int
+) -> DecodedImages:
+    images = DecodedImages(
+        rows,
+        # The smallest crop then still has as many pixels as the model is fed.
+        round(image_size / options.crop_area**0.5),
+        psutil.virtual_memory().available // (2 * args.world_size),
+        show_progress=args.process_index == 0 and not args.disable_tqdm,
+    )
+    logger.info("%d images, %d of them decoded in memory.", len(images), images.num_kept)
+    if images.num_small:
+        logger.info("%d of them are small: some crops of these are enlarged.", images.num_small)
+    return images
+
+
+def _datasets(
+    images: DecodedImages, options: PretrainingOptions, args: PretrainingArguments, model: DiffusionModel, vae: Any
+) -> tuple[NoisedViews, FixedNoise]:
+    """What is trained on, and what the loss is measured on."""
+    image_size = _image_size(model, vae)
+    order = np.random.default_rng(args.seed).permutation(len(images))
+    num_held_out = min(MAX_HELD_OUT, max(1, round(len(images) * options.validation_fraction)))
+    train: Any = RandomCrops(images, order[num_held_out:], image_size, options.crop_area, args.seed)
+    held_out: Any = CentreCrops(images, order[:num_held_out], image_size)
+    if vae is not None:
+        settings = {
+            "images": images.fingerprint,
+            "image_size": image_size,
+            "seed": args.seed,
+            "num_held_out": num_held_out,
+            "versions": {name: version(name) for name in ("dit_detection", "diffusers", "pillow")},
+        }
+        crops = {**settings, "crop_area": options.crop_area}
+        train = cache_latents(train, vae, num_views=options.num_views, key=crops, device=args.device)
+        held_out = cache_latents(held_out, vae, num_views=1, key=settings, device=args.device)
+    return NoisedViews(train, args.seed), FixedNoise(held_out, args.seed)
+
+
+def _facts(
+    options: PretrainingOptions,
+    args: PretrainingArguments,
+    trainer: DiffusionTrainer,
+    images: DecodedImages,
+    command: str,
+    minutes: float,
+) -> PretrainingFacts:
+    model: Any = trainer.model
+    model = trainer.accelerator.unwrap_model(model)
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    shown = sorted({min(losses), max(losses)})
+    num_train = len(trainer.train_dataset)
+    shapes = [f"{options.num_shapes} drawn shapes"] * bool(options.num_shapes)
+    return PretrainingFacts(
+        name=Path(str(args.output_dir)).name,
+        base_model=None if options.model is None else source_name(options.model),
+        objective="flow" if is_flow(model.scheduler) else model.objective.prediction_type,
+        num_timesteps=model.scheduler.config.num_train_timesteps,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        image_size=_image_size(model, trainer.vae),
+        sources=[*(Path(source).name for source in options.images or []), *shapes],
+        num_images=num_train,
+        num_held_out=len(images) - num_train,
+        fingerprint=images.fingerprint,
+        command=command,
+        seed=args.seed,
+        steps=trainer.state.global_step,
+        batch_size=args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        minutes=minutes,
+        world_size=args.world_size,
+        losses={step: losses[step] for step in shown},
+    )
+
+
+def _describe_cost(model: DiffusionModel, args: PretrainingArguments, num_images: int) -> str:
+    """A table of parameters, operations, memory and time of the run that `args` describe."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    flops, num_bytes = step_cost(model, args.per_device_train_batch_size, dtype)
+    seconds = measure_step(model.to(args.device), args.per_device_train_batch_size, dtype)
+    seconds *= args.gradient_accumulation_steps
+    images = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    config: Any = model.transformer.config
+    lines = [
+        ("images", f"{num_images}, each seen {images * args.max_steps / num_images:.1f} times"),
+        ("parameters", f"{num_parameters / 1e6:.1f} M"),
+        ("input", f"{config.in_channels} x {config.sample_size} x {config.sample_size}, as the DiT sees it"),
+        ("per image", f"{flops / 1e9:.1f} GFLOP, forward and backward"),
+        ("memory", f"about {size_text(num_bytes)} for a step of {args.train_batch_size} images per device"),
+        ("step", f"{seconds:.2f} seconds for {images} images, measured just now; reading images comes on top"),
+        ("time", f"about {duration_text(seconds * args.max_steps)} for {args.max_steps} steps"),
+    ]
+    table = "\n".join(f"  {name:<12}{text}" for name, text in lines)
+    return f"What this run would take (nothing was trained):\n{table}"

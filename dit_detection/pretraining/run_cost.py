@@ -1,0 +1,63 @@
+"""What a pretraining run would take: operations and memory counted, the time of a step measured."""
+
+import time
+from contextlib import nullcontext
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..training.cost import ADAM_BYTES, PeakMemory
+from .diffusion_model import DiffusionModel
+
+EMA_BYTES = 4  # per weight, in float32
+
+
+def step_cost(model: DiffusionModel, batch_size: int, dtype: torch.dtype) -> tuple[int, int]:
+    """
+    FLOPs of one image, forward and backward, and the most bytes that a step of a batch holds, AdamW's states and
+    moving averages included.
+
+    Counted on the CPU, on tensors without data.
+
+    Args:
+        model (`DiffusionModel`): Its weights are not touched.
+        batch_size (`int`): Images per step on one device.
+        dtype (`torch.dtype`): Below float32, what autocast computes in.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        copy = DiffusionModel(type(model.transformer).from_config(model.transformer.config), model.scheduler)
+        inputs = {name: mode.from_tensor(value) for name, value in _inputs(model, batch_size, "cpu").items()}
+        with PeakMemory() as memory, FlopCounterMode(display=False) as counter:
+            with nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype):
+                loss = copy.loss_of(inputs["clean"], inputs["noise"], inputs["time"])
+            loss.backward()
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return counter.get_total_flops() // batch_size, memory.peak + num_parameters * (4 + ADAM_BYTES + EMA_BYTES)
+
+
+def measure_step(model: DiffusionModel, batch_size: int, dtype: torch.dtype, num_steps: int = 3) -> float:
+    """Seconds of a step, forward, backward and AdamW, on random images on the model's device; weights are restored."""
+    device = next(model.parameters()).device
+    before = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    inputs = _inputs(model, batch_size, device)
+    seconds = []
+    for _ in range(num_steps + 1):  # the first warms up
+        start = time.perf_counter()
+        with nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype):
+            loss = model.loss_of(inputs["clean"], inputs["noise"], inputs["time"])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # a wait for the device
+        seconds.append(time.perf_counter() - start)
+    model.load_state_dict(before)
+    return sorted(seconds[1:])[num_steps // 2]
+
+
+def _inputs(model: DiffusionModel, batch_size: int, device: str | torch.device) -> dict[str, torch.Tensor]:
+    config = model.transformer.config
+    shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
+    clean, noise = torch.randn(2, *shape, device=device)
+    return {"clean": clean, "noise": noise, "time": torch.linspace(0, 0.99, batch_size, device=device)}

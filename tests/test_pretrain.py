@@ -1,0 +1,330 @@
+"""`dit-detect pretrain` as a whole: from images to a folder that diffusers and the detector read."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+from test_processes import in_processes
+from torch import nn
+
+from dit_detection import DiTForObjectDetection, InvalidDatasetError
+from dit_detection.commands import pretrain
+from dit_detection.commands.pretrain_options import parse_options
+from dit_detection.data import draw_shapes_dataset
+from dit_detection.pretraining.diffusion_model import DiffusionModel
+from dit_detection.pretraining.diffusion_trainer import DiffusionTrainer, PretrainingArguments
+from dit_detection.pretraining.image_sources import list_training_images
+from dit_detection.pretraining.image_views import CentreCrops, DecodedImages, FixedNoise, NoisedViews, RandomCrops
+from dit_detection.pretraining.latent_cache import cache_latents
+from dit_detection.pretraining.new_dit import new_dit, new_scheduler
+from dit_detection.pretraining.run_cost import measure_step, step_cost
+from dit_detection.pretraining.sampling import sample_images
+
+QUIET = ["--bf16", "False", "--disable_tqdm", "True", "--report_to", "none", "--per_device_train_batch_size", "4"]
+NEW = [*QUIET, "--size", "tiny", "--image_size", "16"]
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of ten images."""
+    folder = tmp_path_factory.mktemp("images")
+    for index, row in enumerate(draw_shapes_dataset(10, 0, 0, image_size=(32, 48))["train"]):
+        row["image"].save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pretrained(images, tmp_path_factory):
+    """A folder after four steps from random weights, and what `pretrain` returned."""
+    folder = tmp_path_factory.mktemp("new") / "my-dit"
+    argv = [*NEW, "--images", str(images), "--max_steps", "4", "--eval_steps", "2", "--save_strategy", "no"]
+    return folder, pretrain.main([*argv, "--output_dir", str(folder)])
+
+
+def test_pretrain_leaves_a_pipeline_of_diffusers(pretrained):
+    folder, metrics = pretrained
+    assert 0 < metrics["eval_loss"] < 10
+    pipeline = DiTPipeline.from_pretrained(folder, vae=None)
+    assert isinstance(pipeline.transformer, DiTTransformer2DModel) and pipeline.vae is None
+    assert pipeline.scheduler.config.prediction_type == "sample"
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == "DiTPipeline" and index["transformer"] == ["diffusers", "DiTTransformer2DModel"]
+
+
+def test_the_detector_takes_what_pretrain_leaves(pretrained):
+    folder, _ = pretrained
+    detector = DiTForObjectDetection.from_diffusers(folder, neck_channels=16, head_channels=[16], num_labels=2)
+    weights = load_file(folder / WEIGHTS)
+    projection = detector.model.backbone.patch_embedding.projection.weight
+    torch.testing.assert_close(projection, weights["pos_embed.proj.weight"])
+    assert detector.config.pretrained_grid == 2 and detector.config.base_model == "my-dit"
+    with torch.no_grad():
+        assert detector(torch.zeros(1, 3, 32, 16)).logits.isfinite().all()
+
+
+def test_pretrain_shows_and_tells_what_it_did(pretrained):
+    folder, metrics = pretrained
+    assert [path.name for path in sorted((folder / "samples").iterdir())] == ["step-0000002.png", "step-0000004.png"]
+    samples = Image.open(folder / "samples.png")
+    assert samples.size == Image.open(folder / "samples" / "step-0000004.png").size and samples.width > 4 * 16
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license is None and card.data.library_name == "diffusers"
+    for text in ("9 to train on, 1 held out", "began with random weights", "Steps: 4 of 4 images", "--max_steps 4"):
+        assert text in card.text
+    assert f"{metrics['eval_loss']:.4f} after step 4" in card.text
+    assert (folder / "loss.png").is_file()
+
+
+def randomized(module):
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return module.eval()
+
+
+def latent_pipeline():
+    """As the published DiT, but tiny: 4 channels in, 8 out, classes, and a scheduler that is not all defaults."""
+    dit = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        sample_size=8,
+        out_channels=8,
+        num_embeds_ada_norm=5,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        scaling_factor=0.5,
+    )
+    scheduler = DDPMScheduler(beta_end=0.03, clip_sample=False, num_train_timesteps=500)
+    return DiTPipeline(randomized(dit), randomized(vae), scheduler)
+
+
+def test_going_on_from_a_checkpoint_keeps_what_it_is(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    source = latent_pipeline()
+    source.save_pretrained(tmp_path / "DiT-XL-2-256")
+    argv = [*QUIET, "--model", str(tmp_path / "DiT-XL-2-256"), "--images", str(images), "--num_views", "2"]
+    argv += ["--max_steps", "3", "--save_strategy", "no", "--eval_steps", "3", "--learning_rate", "1e-2"]
+    pretrain.main([*argv, "--save_samples", "False", "--output_dir", str(tmp_path / "run")])
+    result = DiTPipeline.from_pretrained(tmp_path / "run")
+
+    for part in ("transformer", "vae", "scheduler"):
+        configs = (getattr(pipeline, part).config.items() for pipeline in (source, result))
+        before, after = (json.dumps({k: v for k, v in c if not k.startswith("_")}) for c in configs)
+        assert before == after, part
+    for name, weight in source.vae.state_dict().items():
+        assert torch.equal(weight, result.vae.state_dict()[name])
+    weights, trained = source.transformer.state_dict(), result.transformer.state_dict()
+    table = "transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"
+    assert torch.equal(weights[table][:5], trained[table][:5])  # of the classes
+    assert not torch.equal(weights[table][5], trained[table][5])  # the null class
+    assert not torch.equal(weights["proj_out_2.weight"], trained["proj_out_2.weight"])
+    images_drawn = result(class_labels=[5], guidance_scale=1.0, num_inference_steps=2, output_type="np").images
+    assert images_drawn.shape == (1, 16, 16, 3)
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert card.data.license == "cc-by-nc-4.0" and "no commercial use" in card.text
+    assert str(tmp_path) not in card.text.replace(card.text[card.text.index("dit-detect pretrain") :], "")
+
+
+def test_cached_latents_are_those_of_the_views(images, tmp_path):
+    vae = latent_pipeline().vae
+    pixels = DecodedImages(list_training_images([str(images)]), 32, 10**9)
+    crops = RandomCrops(pixels, [3, 1, 4], 16, 0.5, seed=0)
+    cached = cache_latents(
+        crops, vae, num_views=2, key={}, device=torch.device("cpu"), batch_size=2, cache_dir=tmp_path
+    )
+    assert len(cached) == 3
+    for epoch in range(4):
+        for index in range(3):
+            view = crops.get(index, epoch % 2)[None].float() / 127.5 - 1
+            with torch.no_grad():
+                expected = vae.encode(view).latent_dist.mode()[0] * 0.5
+            torch.testing.assert_close(cached.get(index, epoch), expected, atol=2e-3, rtol=2e-3)
+    (path,) = tmp_path.glob("*.npy")
+    written = path.stat().st_mtime_ns
+    cache_latents(crops, vae, num_views=2, key={}, device=torch.device("cpu"), cache_dir=tmp_path)
+    assert [path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")] == [written]
+    with torch.no_grad():
+        vae.encoder.conv_in.weight.mul_(1.001)
+    cache_latents(crops, vae, num_views=2, key={}, device=torch.device("cpu"), cache_dir=tmp_path)
+    cache_latents(crops, vae, num_views=2, key={"crop_area": 1}, device=torch.device("cpu"), cache_dir=tmp_path)
+    assert len(list(tmp_path.glob("*.npy"))) == 3 and not list(tmp_path.glob("*.unfinished"))
+
+
+@pytest.mark.slow
+def test_a_new_dit_on_latents_learns_flow(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    latent_pipeline().save_pretrained(tmp_path / "source")
+    argv = [*NEW, "--vae", str(tmp_path / "source"), "--images", str(images), "--max_steps", "1"]
+    pretrain.main([*argv, "--save_strategy", "no", "--save_dtype", "float16", "--output_dir", str(tmp_path / "run")])
+    index = json.loads((tmp_path / "run" / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    detector = DiTForObjectDetection.from_diffusers(tmp_path / "run", neck_channels=16, head_channels=[16])
+    assert detector.dtype == torch.float16
+    assert (detector.config.in_channels, detector.config.patch_size, detector.config.token_stride) == (4, 4, 8)
+
+
+def test_a_dry_run_tells_and_leaves_nothing(tmp_path, capsys):
+    argv = [*NEW, "--num_shapes", "3", "--max_steps", "7", "--output_dir", str(tmp_path / "run")]
+    assert pretrain.main([*argv, "--dry_run"]) == {}
+    out = capsys.readouterr().out
+    for text in (
+        "images      3, each seen 9.3 times",
+        "parameters  1.",
+        "GFLOP, forward and backward",
+        "MB for a step of 4 images",
+        "for 7 steps",
+    ):
+        assert text in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_costs_are_counted_without_touching_the_model():
+    torch.manual_seed(0)
+    model = DiffusionModel(new_dit("tiny", 32), new_scheduler("sample", on_pixels=True))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    flops, num_bytes = step_cost(model, 4, torch.float32)
+    # Per token and block 12 D² in the linear layers and 2 N D in the attention; of an image 6 D² and the embedders; in
+    # and out 2 * 192 D; a multiplication and addition are two, forward and backward three times as many.
+    tokens, width = 16, 128
+    per_block = tokens * (12 * width**2 + 2 * tokens * width) + 6 * width**2 + 256 * width + width**2
+    ends = tokens * 2 * 192 * width + 2 * width**2 + 256 * width + width**2
+    assert flops == pytest.approx(6 * (4 * per_block + ends), rel=0.03)
+    num_parameters = sum(weight.numel() for weight in model.parameters())
+    assert 20 * num_parameters < num_bytes < 60 * num_parameters
+    assert measure_step(model, 2, torch.float32, num_steps=1) > 0
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_defaults_are_those_of_the_size_unless_the_user_says_otherwise():
+    for argv, rate in {
+        ("--images", "x"): 1e-3,
+        ("--images", "x", "--size", "B"): 1e-4,
+        ("--images", "x", "--model", "y"): 1e-4,
+        ("--images", "x", "--learning-rate", "3e-4"): 3e-4,
+        ("--images", "x", "--learning_rate=2e-4"): 2e-4,
+    }.items():
+        assert parse_options(list(argv))[1].learning_rate == rate, argv
+    assert parse_options([])[0].num_shapes == 500
+    assert parse_options(["--num-shapes", "9"])[0].size == "small"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model", "x", "--images", "y", "--image_size", "64"], "--image_size: of a new DiT"),
+        (["--model=x", "--images", "y", "--image-size=64", "--size", "S"], "--image_size, --size: of a new DiT"),
+        (["--model", "x"], "--model needs --images"),
+        (["--crop_area", "0"], "--crop_area 0.0 must lie above 0"),
+        (["--validation_fraction", "1"], "--validation_fraction 1.0 must lie between"),
+        (["--ema_decay", "1"], "--ema_decay 1.0 must be below 1"),
+        (["--images", "x", "--num_views", "0"], "--num_views must be 1 or more"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        pretrain.main(argv)
+    assert message in capsys.readouterr().err
+
+
+def test_bad_images_are_refused_before_training(images, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
+    run = tmp_path / "run"
+    with pytest.raises(InvalidDatasetError, match=r"broken\.png"):
+        pretrain.main([*NEW, "--images", str(images), str(tmp_path), "--output_dir", str(run)])
+    with pytest.raises(InvalidDatasetError, match="one image, and one must be held out"):
+        pretrain.main([*NEW, "--images", str(images / "0.png"), "--output_dir", str(run)])
+    assert not run.exists()
+
+
+def trained_on(images, output_dir, batch_size, max_steps=3, resume_from=None, **arguments):
+    """A tiny DiT trained on a folder, and the log."""
+    torch.manual_seed(0)
+    model = DiffusionModel(new_dit("tiny", 16), new_scheduler("sample", on_pixels=True))
+    pixels = DecodedImages(list_training_images([str(images)]), 32, 10**9)
+    fixed = {"use_cpu": True, "bf16": False, "disable_tqdm": True, "report_to": "none", "save_strategy": "no"}
+    args = PretrainingArguments(
+        str(output_dir), per_device_train_batch_size=batch_size, max_steps=max_steps, **(fixed | arguments)
+    )
+    trainer = DiffusionTrainer(
+        model,
+        args,
+        vae=None,
+        train_dataset=NoisedViews(RandomCrops(pixels, range(8), 16, 0.5, seed=0), seed=0),
+        eval_dataset=FixedNoise(CentreCrops(pixels, range(8, 10), 16), seed=0),
+    )
+    trainer.train(resume_from)
+    return model, trainer.state.log_history
+
+
+def losses_in(log):
+    return [entry[name] for entry in log for name in ("loss", "eval_loss") if name in entry]
+
+
+def losses_of(*args, **kwargs):
+    return losses_in(trained_on(*args, **kwargs)[1])
+
+
+def test_a_run_that_goes_on_ends_as_one_that_was_never_interrupted(images, tmp_path):
+    # In mid-epoch, with moving averages, and with an evaluation in between.
+    steps = {"max_steps": 5, "eval_steps": 2, "save_samples": False, "logging_steps": 1}
+    expected, log = trained_on(
+        images, tmp_path / "run", 3, save_strategy="steps", save_steps=4, save_total_limit=2, **steps
+    )
+    checkpoint = str(tmp_path / "run" / "checkpoint-4")
+    resumed, resumed_log = trained_on(images, tmp_path / "other", 3, resume_from=checkpoint, **steps)
+    weights = resumed.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in expected.state_dict().items())
+    assert len(losses_in(log)) == 8 and losses_in(log) == losses_in(resumed_log)
+
+
+@pytest.mark.slow
+@pytest.mark.forks
+def test_two_processes_have_the_losses_of_one(images, tmp_path):
+    expected = losses_of(images, tmp_path / "one", 4, eval_steps=1, save_samples=False)
+    assert len(expected) == 6
+    accumulated = losses_of(images, tmp_path / "two", 2, eval_steps=1, gradient_accumulation_steps=2)
+    assert accumulated == pytest.approx(expected, rel=1e-4)
+    for losses in in_processes(2, losses_of, images, tmp_path / "both", 2):
+        assert losses[-1] == pytest.approx(expected[-1], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["sample", "flow"])
+def test_what_is_learned_can_be_sampled(objective):
+    # Two flat images: a network that learned anything draws these and nothing between.
+    torch.manual_seed(0)
+    model = DiffusionModel(new_dit("tiny", 8), new_scheduler(objective, on_pixels=True))
+    images = torch.tensor([30, 220], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 8, 8).repeat(16, 1, 1, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for step in range(400):
+        time = torch.rand(32, generator=generator)
+        loss = model(images, time, torch.arange(32) + 32 * step)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert np.mean(losses[-50:]) < 0.5 * np.mean(losses[:3])
+    means = np.array([np.asarray(image).mean() for image in sample_images(model, None, 16, seed=1)])
+    assert np.minimum(abs(means - 30), abs(means - 220)).max() < 60
+    assert means.min() < 90 and means.max() > 160
+
+
+@pytest.mark.slow
+def test_pretrain_without_options_draws_what_it_trains_on(tmp_path):
+    metrics = pretrain.main([*QUIET, "--max_steps", "40", "--output_dir", str(tmp_path)])
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    assert losses[-1] == metrics["eval_loss"] < 0.8 * losses[0]
