@@ -119,6 +119,7 @@ def test_a_dry_run_trains_nothing(coco_set, tmp_path, capsys):
     assert not (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_training_from_the_cache_of_frozen_states(coco_set, tmp_path):
     arguments = ["--dataset", str(coco_set), "--num_train_epochs", "2", "--freeze_layers", "-1", "--num_views", "2"]
     results = []
@@ -154,6 +155,7 @@ def test_options_in_json_may_be_files(tmp_path):
     assert read_json_option("config_overrides", str(path)) == {"aspect_ratios": [1.0]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copy", [copy_as_voc, copy_as_yolo])
 def test_the_annotation_format_changes_nothing(trained, coco_set, tmp_path, copy):
     metrics = trained[1]

@@ -45,6 +45,7 @@ def check_training(model, pixels, labels, backend):
         torch.testing.assert_close(compiled_gradients[name], gradient, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("overrides", "frozen"), [(DEFAULT, False), (OTHER, True)])
 def test_training_is_one_graph(tiny_model, random_labels, overrides, frozen):
     model = tiny_model(**overrides).train()
@@ -70,6 +71,7 @@ def test_evaluation_with_labels_is_one_graph(tiny_model, random_labels):
         torch.testing.assert_close(outputs[key], expected[key], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_other_numbers_of_objects_hardly_compile_anew(tiny_model, random_labels):
     model, counter = tiny_model().train(), CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)

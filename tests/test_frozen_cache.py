@@ -351,7 +351,9 @@ def train_losses(model, rows, folder, **arguments):
     return losses, [entry["eval_loss"] for entry in history if "eval_loss" in entry], trainer
 
 
-@pytest.mark.parametrize("num_layers", [None, 1, 2])
+@pytest.mark.parametrize(
+    "num_layers", [pytest.param(None, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_training_from_the_cache_is_training_without_it(make_model, rows, tmp_path, num_layers):
     losses, eval_losses, _ = train_losses(make_model(num_layers), rows, tmp_path)
     cached_losses, cached_eval_losses, trainer = train_losses(
@@ -399,6 +401,7 @@ def test_each_trial_and_each_freezing_has_a_cache_of_its_own(make_model, rows, t
         assert trainer.train_dataset.num_frozen_layers == num_layers
 
 
+@pytest.mark.slow
 def test_training_from_the_cache_in_bf16_is_close(make_model, rows, tmp_path):
     # A rate at which rounding does not grow from step to step.
     arguments = {"bf16": True, "learning_rate": 1e-4}

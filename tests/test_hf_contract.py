@@ -348,7 +348,7 @@ def test_attention_may_be_chosen_at_load_and_later(finding_detector, examples, i
     torch.testing.assert_close(model(pixels).logits, before.logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_exports(tiny_model, dynamic):
     model = tiny_model(max_candidates=40)
     cell = torch.export.Dim("cell", min=2, max=64)

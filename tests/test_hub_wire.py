@@ -113,7 +113,7 @@ def test_folder_model_and_image_processor_push_nothing_pickled(hub, save, tiny_m
     assert pushed == {path.name: path.read_bytes() for path in CODE.glob("*.py") if path.name != "__init__.py"}
 
 
-@pytest.mark.parametrize("every_save", [False, True])
+@pytest.mark.parametrize("every_save", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_trainer_pushes_nothing_pickled(hub, tiny_model, tmp_path, every_save):
     labels = {"class_labels": torch.tensor([0]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.4]])}
     arguments = DetectionTrainingArguments(
