@@ -52,6 +52,7 @@ def test_the_two_sides_of_the_evaluation_give_the_same_numbers(tiny_sizes):
     assert pair.theirs()["map"] == pytest.approx(pair.ours()["map"], abs=1e-12)
 
 
+@pytest.mark.slow
 def test_the_trainer_keeps_no_more_for_more_anchors():
     more, fewer = evaluation.kept_by_trainer("cpu").kept_bytes
     assert more == fewer > 0

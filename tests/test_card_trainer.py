@@ -98,6 +98,7 @@ def test_the_threshold_is_chosen_by_what_the_best_weights_find_in_the_validation
     assert saved(tmp_path).threshold == 0.25 and saved(tmp_path).threshold_split == "validation"
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_resumed_takes_no_step_and_tells_the_same(make_trainer, dataset, tmp_path):
     def finish(**arguments):
         trainer = make_trainer()

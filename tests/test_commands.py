@@ -245,6 +245,7 @@ def test_convert_and_train_on(coco_set, tmp_path, capsys):
     assert "test_map_circle" in metrics
 
 
+@pytest.mark.slow
 def test_resumes_from_the_last_checkpoint(coco_set, tmp_path):
     job = [*TINY, "--dataset", str(coco_set), "--output_dir", str(tmp_path), "--num_train_epochs", "1"]
     train.main(job)

@@ -61,6 +61,7 @@ def test_training_is_one_graph_in_machine_code(tiny_model, random_labels):
     check_training(tiny_model(**DEFAULT).train(), pixels, pad_labels(labels, 3), "inductor")
 
 
+@pytest.mark.slow
 def test_evaluation_with_labels_is_one_graph(tiny_model, random_labels):
     model = tiny_model(max_candidates=50)
     pixels, labels = batch(random_labels, [2, 1])

@@ -33,6 +33,7 @@ def test_operations_and_cache_are_those_of_the_real_run(tiny_config, num_layers)
     assert cost.num_trained == sum(count for count, trained in parameters if trained)
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_batch_and_shrinks_with_what_is_frozen(tiny_config):
     config = tiny_config(num_hidden_layers=4, out_indices=[3])
 

@@ -190,6 +190,7 @@ def test_post_processing_equals_that_of_the_image_processor(onnx_file, tmp_path)
     assert most == 20  # the cap was reached
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_program_that_equals_the_model(checkpoint, tmp_path, capsys):
     export.main([str(checkpoint), str(tmp_path / "detector.pt2"), "--static_size", "40", "64"])
     assert "1 x 3 x 40 x 64: largest difference from the model" in capsys.readouterr().out

@@ -98,6 +98,7 @@ def test_gradient_checkpointing(tiny_model, random_labels, freeze, lora):
         assert kept2 == kept
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_in_training(make_trainer):
     untested = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
     trainers = [make_trainer(gradient_checkpointing=flag, **untested) for flag in (False, True)]

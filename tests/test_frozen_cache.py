@@ -368,6 +368,7 @@ def test_training_from_the_cache_is_training_without_it(make_model, rows, tmp_pa
     assert metrics["eval_loss"] == pytest.approx(eval_losses[-1], abs=1e-6, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_each_trial_and_each_freezing_has_a_cache_of_its_own(make_model, rows, tmp_path):
     trained = []
 

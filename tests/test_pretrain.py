@@ -275,6 +275,7 @@ def losses_of(*args, **kwargs):
     return losses_in(trained_on(*args, **kwargs)[1])
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_ends_as_one_that_was_never_interrupted(images, tmp_path):
     # In mid-epoch, with moving averages, and with an evaluation in between.
     steps = {"max_steps": 5, "eval_steps": 2, "save_samples": False, "logging_steps": 1}
