@@ -125,7 +125,7 @@ def test_threads_do_not_change_an_entry() -> None:
 
 
 # Spawned workers import everything anew, which takes half a minute.
-@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
 def test_workers_that_stay_hear_of_the_next_epoch(context: str) -> None:
     dataset = DetectionDataset(shapes(5), make_processor(), DetectionAugmentation(), seed=2)
     # Pickled once before: that must not put the epoch out of the workers' reach.

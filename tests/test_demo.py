@@ -416,7 +416,7 @@ def test_an_adapter_is_merged_before_it_becomes_a_space(tmp_path):
         write_space(tmp_path / "space", str(tmp_path / "adapter"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_space_runs_where_the_package_is_not_installed(saved, tmp_path):
     space = tmp_path / "space"
     write_space(space, str(saved))

@@ -184,7 +184,7 @@ def test_the_families_count_time_differently(tmp_path):
     assert not any(torch.allclose(a, b, rtol=1e-3) for i, a in enumerate(others) for b in others[:i])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_largest_published_size(tmp_path):
     size = {**S_2, "width": 1152, "num_heads": 16, "depth": 28, "grid": 16, "num_classes": 1000}
     dit = reference(size)

@@ -209,7 +209,7 @@ def test_the_command_fails_on_a_file_that_computes_something_else(tiny_model, on
     DiTDetectionImageProcessor(size=64, nms_threshold=0.5, max_detections=20).save_pretrained(tmp_path)
     target = tmp_path / "detector.onnx"
     monkeypatch.setattr(export, "export_onnx", lambda *_, **__: target.write_bytes(onnx_file.read_bytes()))
-    with pytest.raises(SystemExit, match="computes something else than the model"):
+    with pytest.raises(SystemExit, match="computed something else than the model"):
         export.main([str(tmp_path), str(target)])
 
 

@@ -434,7 +434,7 @@ TWO_PROCESSES = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_write_what_one_does(make_model, tmp_path):
     make_model(1).save_pretrained(tmp_path)
     script = tmp_path / "caching.py"

@@ -334,50 +334,40 @@ def test_metrics_do_not_depend_on_processes_and_batch_sizes(tiny_config, tmp_pat
 # the command
 
 
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory) -> dict[int, Path]:
-    """What `accelerate launch scripts/train.py` leaves, per number of processes; 20 steps of 8 images."""
-    folder = tmp_path_factory.mktemp("launched")
-    rows = {split: sparse_rows(number, seed) for seed, (split, number) in enumerate(SPLITS.items())}
-    datasets.DatasetDict(rows).save_to_disk(str(folder / "data"))
+def launch(folder: Path, number: int) -> Path:
+    """What `accelerate launch scripts/train.py` leaves: 20 steps of 8 images, by that many processes."""
     job = ["--random_dit", "tiny", "--image_size", "64", "--bf16", "False", "--disable_tqdm", "True", "--use_cpu"]
     job += ["--dataset", str(folder / "data"), "--max_steps", "20", "--logging_strategy", "steps"]
     job += ["--logging_steps", "1", "--learning_rate", "1e-3", "--eval_strategy", "no", "--save_strategy", "no"]
-    job += ["--load_best_model_at_end", "False"]
-    for number in (1, 2, 4):
-        sizes = ["--per_device_train_batch_size", str(8 // number), "--per_device_eval_batch_size", str(number)]
-        # With --cpu accelerate (1.15) starts one process, whatever --num_processes says, unless there is mpirun.
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu" if number > 1 else "--cpu"]
-        launcher += ["--num_processes", str(number), "--num_machines", "1", "--main_process_port", "0"]
-        launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-        output = ["--output_dir", str(folder / str(number))]
-        run = subprocess.run(
-            [*launcher, str(ROOT / "scripts" / "train.py"), *job, *sizes, *output],
-            capture_output=True,
-            text=True,
-            timeout=900,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert run.returncode == 0, run.stderr[-3000:]
-    return {number: folder / str(number) for number in (1, 2, 4)}
+    job += ["--load_best_model_at_end", "False", "--output_dir", str(folder / str(number))]
+    job += ["--per_device_train_batch_size", str(8 // number), "--per_device_eval_batch_size", str(number)]
+    # With --cpu accelerate (1.15) starts one process, whatever --num_processes says, unless there is mpirun.
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu" if number > 1 else "--cpu"]
+    launcher += ["--num_processes", str(number), "--num_machines", "1", "--main_process_port", "0"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    run = subprocess.run(
+        [*launcher, str(ROOT / "scripts" / "train.py"), *job],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return folder / str(number)
 
 
-@pytest.mark.slow
-def test_accelerate_launch_gives_the_same_losses_on_1_2_and_4_processes(launched) -> None:
-    logs = {}
-    for number, folder in launched.items():
+@pytest.mark.parametrize("number", [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.long)])
+def test_accelerate_launch_gives_the_same_losses_and_metrics(tmp_path, number) -> None:
+    rows = {split: sparse_rows(number, seed) for seed, (split, number) in enumerate(SPLITS.items())}
+    datasets.DatasetDict(rows).save_to_disk(str(tmp_path / "data"))
+    logs, metrics = {}, {}
+    for count in (1, number):
+        folder = launch(tmp_path, count)
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-        logs[number] = [entry["loss"] for entry in history if "loss" in entry]
+        logs[count] = [entry["loss"] for entry in history if "loss" in entry]
         assert history[0]["epoch"] == pytest.approx(1 / 3)  # 8 of 21 images a step: there were that many processes
-    assert len(logs[1]) == 20
-    for number in (2, 4):
-        assert logs[number] == pytest.approx(logs[1], abs=1e-4)
-
-
-@pytest.mark.slow
-def test_accelerate_launch_measures_the_same_on_1_2_and_4_processes(launched) -> None:
-    metrics = {number: json.loads((folder / "test_results.json").read_text()) for number, folder in launched.items()}
+        metrics[count] = json.loads((folder / "test_results.json").read_text())
+    assert len(logs[1]) == 20 and metrics[1]["test_loss"] > 0
+    assert logs[number] == pytest.approx(logs[1], abs=1e-4)
     for name in ("test_map", "test_map_50", "test_mar_100"):
-        assert metrics[2][name] == pytest.approx(metrics[1][name], abs=1e-6)
-        assert metrics[4][name] == pytest.approx(metrics[1][name], abs=1e-6)
-    assert metrics[1]["test_loss"] > 0
+        assert metrics[number][name] == pytest.approx(metrics[1][name], abs=1e-6)

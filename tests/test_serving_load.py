@@ -166,7 +166,7 @@ def workers_of(process):
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_worker_that_dies_is_replaced(checkpoint, tmp_path):
     body = encode(Image.new("RGB", (100, 80), "red"))
     failures, answered, stop = [], [], threading.Event()

@@ -30,7 +30,7 @@ def dataset():
 
 @pytest.fixture
 def make_trainer(hub, tiny_model, dataset, tmp_path):
-    def make(**arguments):
+    def make(run="my run", **arguments):
         defaults = {
             "num_train_epochs": 2,
             "eval_strategy": "no",
@@ -38,7 +38,7 @@ def make_trainer(hub, tiny_model, dataset, tmp_path):
             "hub_model_id": REPO,
         }
         model = tiny_model(**label_fields(dataset))
-        return tiny_training.make_trainer(model, dataset, tmp_path / "my run", **(defaults | arguments))
+        return tiny_training.make_trainer(model, dataset, tmp_path / run, **(defaults | arguments))
 
     return make
 
@@ -73,9 +73,7 @@ def test_every_save_is_pushed_with_its_card_and_no_pickles(make_trainer, hub, tm
 
 
 def test_at_the_end_alone(make_trainer, hub, tmp_path):
-    trainer = make_trainer(
-        hub_strategy="end", push_to_hub=True, hub_model_id=None, output_dir=str(tmp_path / "my-run")
-    )
+    trainer = make_trainer(hub_strategy="end", push_to_hub=True, hub_model_id=None, run="my-run")
     trainer.train()
     assert commits_of(hub.repositories["someone/my-run"]) == []
     push = trainer.push_to_hub("Mine", blocking=False, tags="blood", dataset_name="Shapes")
