@@ -280,7 +280,7 @@ def test_ids_that_are_no_numbers_are_left_out(run, images, tmp_path):
 def test_pictures_that_were_not_drawn_are_asked_for_in_vain(run, images, tmp_path):
     assert run(images, tmp_path, "--no_pictures")[0] == 0
     code, printed = run(images, tmp_path)
-    assert code == 2 and "pictures was null and is now true" in printed
+    assert code == 2 and "pictures was null and is now true" in printed and "--no_pictures" in printed
     assert run(images, tmp_path, "--overwrite")[0] == 0
     assert run(images, tmp_path, "--no_pictures")[0] == 0  # drawn ones are no obstacle
 

@@ -77,7 +77,7 @@ class BatchPredictor:
         checkpoint (`str`): Folder or Hub id.
         threshold (`float`): Scores must be above it.
         nms_threshold (`float`, *optional*): By default the image processor's own.
-        device (`str`, *optional*): By default a GPU, if there is one.
+        device (`str`, *optional*): By default CUDA's, if there is one, or else the CPU.
     """
 
     def __init__(

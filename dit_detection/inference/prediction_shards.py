@@ -75,15 +75,16 @@ class PredictionShards:
                     else f"{self.manifest_file} is damaged. Begin anew with --overwrite, or name another --output_dir."
                 )
         if before is not None:
-            changes = [
-                f"{name} was {_short(before.get(name))} and is now {_short(value)}"
+            changes = {
+                name: f"{name} was {_short(before.get(name))} and is now {_short(value)}"
                 for name, value in settings.items()
                 if before.get(name) != value
-            ]
+            }
             if changes:
-                raise SettingsChangedError(
-                    f"{self.folder} holds predictions that were made otherwise: {'; '.join(changes)}. {_REMEDY}"
-                )
+                told = "; ".join(changes.values())
+                only_pictures = list(changes) == ["pictures"]
+                remedy = f"Ask for no pictures (--no_pictures). Or: {_REMEDY}" if only_pictures else _REMEDY
+                raise SettingsChangedError(f"{self.folder} holds predictions made otherwise: {told}. {remedy}")
         (self.folder / "shards").mkdir(parents=True, exist_ok=True)
         for left_over in (self.folder / "shards").glob("*.unfinished-*"):
             left_over.unlink(missing_ok=True)

@@ -26,7 +26,8 @@ def make_app(detector: BatchedDetector) -> Starlette:
     `label` and `box`, whole pixels: what Hugging Face's inference API gives, so that `InferenceClient` can ask it.
     Whatever fails is answered `{"error": ...}`: 400 for what is no image or no threshold, 408 for an upload that takes
     more than `UPLOAD_SECONDS`, 413 for one of more than `MAX_BYTES`, 415 for JSON, 503 for too many at once, 500 for a
-    fault of ours. `GET /health` answers once the model is loaded.
+    fault of ours. (Connections beyond uvicorn's own limit get its 503, in plain text.) `GET /health` answers once the
+    model is loaded.
     """
     id2label = detector.model.config.id2label
 
