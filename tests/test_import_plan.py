@@ -27,11 +27,11 @@ ROOMS = {
         "training",
         "visualize",
     },
-    "training": {"adapters", "card", "data", "metrics", "model", "sharing", "training"},
-    "pretraining": {"card", "data", "model", "pretraining", "small_dit", "training", "visualize"},
+    "training": {"adapters", "card", "data", "metrics", "model", "sharing", "training", "weight_digest"},
+    "pretraining": {"card", "data", "model", "pretraining", "small_dit", "training", "visualize", "weight_digest"},
     "demo": {"adapters", "data", "demo", "inference", "sharing", "visualize"},
     "sharing": {"card", "sharing"},
-    "inference": {"adapters", "data", "inference", "visualize"},
+    "inference": {"adapters", "data", "inference", "visualize", "weight_digest"},
     "card": {"card", "data", "metrics", "visualize"},
     "adapters": {"model"},
     "anchor_fit": {"model"},
@@ -40,6 +40,7 @@ ROOMS = {
     "metrics": set(),
     "visualize": set(),
     "small_dit": set(),
+    "weight_digest": set(),
     "model": {"model"},
 }
 # The same for the files of `model/`, the folder that travels to the Hub.

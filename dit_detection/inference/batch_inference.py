@@ -9,7 +9,6 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
-import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from PIL import Image
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from ..data.image_listing import read_encoded
 from ..data.image_reading import UnreadableImageError
 from ..visualize import draw_detections
+from ..weight_digest import digest_weights
 from .batch_predictor import detect_processed, model_class_names
 from .prediction_formats import Prediction, detections_of, prediction_of, unreadable
 from .prediction_shards import PredictionShards
@@ -109,9 +109,7 @@ def settings_of(model: Any, image_processor: Any, images: Dataset | IterableData
     stream, only the number of its parts is known.
     """
     digest = hashlib.blake2b(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode(), digest_size=16)
-    for name, weight in model.state_dict().items():
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    digest_weights(digest, model.state_dict().items())
     settings = {"checkpoint": digest.hexdigest(), **more, "image_processor": image_processor.to_dict()}
     if isinstance(images, IterableDataset):
         settings["parts of the stream"] = images.num_shards

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
+from ..weight_digest import digest_weights
 from .image_views import Views
 
 logger = logging.getLogger(__name__)
@@ -111,9 +112,7 @@ def _digest(vae: Any, key: dict[str, Any]) -> str:
     digest = hashlib.blake2b(
         json.dumps({**key, "vae": dict(vae.config)}, sort_keys=True, default=str).encode(), digest_size=16
     )
-    for name, weight in vae.state_dict().items():
-        digest.update(f"{name} {weight.dtype}".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    digest_weights(digest, vae.state_dict().items())
     return digest.hexdigest()
 
 

@@ -40,8 +40,6 @@ class EmaCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Find the averages of a checkpoint, or begin anew."""
-        if args.deepspeed or args.fsdp:
-            raise ValueError("ema_decay needs whole weights on every process: leave out FSDP or DeepSpeed.")
         states = kwargs["optimizer"].state.values()
         if state.global_step == 0:
             for values in states:

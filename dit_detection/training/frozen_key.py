@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data import DetectionDataset
 from ..model.modeling_dit_detection import DiTForObjectDetection
+from ..weight_digest import digest_weights
 
 # Of the configuration, what the frozen part's outputs depend on beside its weights.
 CONFIG_FIELDS = (
@@ -44,9 +45,7 @@ def frozen_key(
         "versions": {name: version(name) for name in ("dit_detection", "torchvision", "pillow")},
     }
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, weight in _frozen_weights(model, num_frozen_layers):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    digest_weights(digest, _frozen_weights(model, num_frozen_layers))
     for row in dataset.rows:
         image = row.pop("image")
         if image["bytes"] is not None:

@@ -40,8 +40,8 @@ class ShardedTrainer(Trainer):
                 f"FSDP is asked for, but accelerate shards nothing on {state.device.type}: launch without an FSDP "
                 "config (--multi_gpu --use_cpu for several CPU processes)."
             )
-        # Wanted by a config of accelerate's, sharding does not show in the arguments that the callback looks at.
-        if getattr(self.args, "ema_decay", None) is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        # Not in the callback: what a config of accelerate's asks for does not show in the arguments that it gets.
+        if getattr(self.args, "ema_decay", None) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("ema_decay needs whole weights on every process: leave out FSDP or DeepSpeed.")
         if self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 2:
             # accelerate's would round all that goes in and out of the model to bf16, whose 8 bits are steps of 4
