@@ -14,12 +14,17 @@ no checkpoint is chosen.
     python scripts/experiments.py --sweep matcher --pretrained DIT --table
 
 Settings are chosen on the validation split: these are the lists in scripts/evidence/sweeps.py.
+
+    python scripts/experiments.py --probe --pretrained DIT --datasets bccd
+
+What a DiT knows before any detector is trained on it, per block and timestep, beside random weights.
 """
 
 import argparse
 import signal
 import statistics
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -40,6 +45,9 @@ def main() -> None:
 
     parser = make_parser()
     args = parser.parse_args()
+    if args.probe:
+        probe_datasets(args, parser)
+        return
     try:
         records = Records(args.results)
         runner = Runner(args.data, _pretrained(args, parser), records)
@@ -87,6 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after these")
     parser.add_argument("--sweep", choices=SWEEPS, help="compare settings on the validation split")
+    parser.add_argument("--probe", action="store_true", help="linear classifiers of the tokens of --pretrained")
     parser.add_argument("--table", action="store_true", help="print the results and run nothing")
     parser.add_argument("--plan", action="store_true", help="print what is missing and its minutes; run nothing")
     parser.add_argument("--metric", default="map", help="of --table: map, map_50, …")
@@ -133,6 +142,36 @@ def make_runs(missing: list[tuple[str, Any]], runner: Any, records: Any, minutes
         metrics, spent = record["metrics"], record["spent"]
         progress(f"           map {metrics['map']:.3f}, map_50 {metrics['map_50']:.3f}, {spent['minutes']:.1f} min")
     return not failed
+
+
+def probe_datasets(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Print a table per data set: training split fitted, validation split measured."""
+    from dit_detection.small_dit import write_small_dit
+    from scripts.evidence.arms import size_of
+    from scripts.evidence.images import load_splits
+    from scripts.evidence.probing import TIMESTEPS, probe, probe_table
+    from scripts.evidence.settings import CANVAS, DATASETS, NETWORK, settings_of
+
+    if args.pretrained is None:
+        parser.error("--probe needs the DiT to look into: --pretrained.")
+    try:
+        if size_of(args.pretrained) != NETWORK:
+            raise ValueError(f"{args.pretrained} is not of the size {NETWORK!r}.")
+        with tempfile.TemporaryDirectory() as folder:
+            for dataset in args.datasets or DATASETS:
+                write_small_dit(folder, NETWORK, max(CANVAS[dataset]))
+                splits = load_splits(args.data / dataset)
+                settings = settings_of("frozen", dataset, 1.0, 0)
+                found: dict[str, dict[int, list[float]]] = {}
+                # Random weights do not know the timestep.
+                dits = {"random weights": (Path(folder), [0]), args.pretrained.name: (args.pretrained, TIMESTEPS)}
+                for name, (dit, timesteps) in dits.items():
+                    for timestep, values in probe(dit, splits["train"], splits["validation"], settings, timesteps):
+                        progress(f"{dataset}, {name}, timestep {timestep}: {max(values):.3f}")
+                        found.setdefault(name, {})[timestep] = values
+                print(f"{dataset}:\n\n{probe_table(found)}\n", flush=True)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
 
 def print_plan(missing: list[tuple[str, Any]], records: Any) -> None:

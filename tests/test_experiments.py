@@ -22,6 +22,7 @@ from scripts.evidence.baselines import DFine, RetinaNet, corner_targets, relativ
 from scripts.evidence.evaluation import evaluate, predictor, soft_nms  # noqa: E402
 from scripts.evidence.images import draw_subset, make_processor, training_images  # noqa: E402
 from scripts.evidence.machine import Machine  # noqa: E402
+from scripts.evidence.probing import average_precision, probe, probe_table, token_classes  # noqa: E402
 from scripts.evidence.records import Records  # noqa: E402
 from scripts.evidence.settings import ARMS, PASSES, settings_of, table_plan  # noqa: E402
 from scripts.evidence.sweeps import SWEEPS, sweep_plan  # noqa: E402
@@ -362,3 +363,43 @@ def test_runs_that_differ_in_post_processing_train_once(shapes, tmp_path, monkey
     assert first["metrics"] == again["metrics"] != other["metrics"]
     runner.run(replace(settings, seed=1))
     assert len(trained) == 2
+
+
+def test_a_token_shows_the_smallest_object_around_its_centre():
+    labels = {
+        "size": torch.tensor([40, 64]),
+        # A table of 48 x 40 pixels with a cup on it, and a fly between the tokens' centres.
+        "boxes": torch.tensor([[24, 20, 48, 40], [8, 8, 12, 12], [16, 32, 3, 3]]) / torch.tensor([64, 40, 64, 40]),
+        "class_labels": torch.tensor([0, 1, 2]),
+    }
+    for order in ([0, 1, 2], [2, 1, 0]):
+        shuffled = labels | {name: labels[name][order] for name in ("boxes", "class_labels")}
+        found = token_classes(shuffled, (3, 5), patch_size=16, num_labels=3)
+        assert found.tolist() == [[1, 0, 0, 3, -1], [0, 0, 0, 3, -1], [-1] * 5]
+    empty = {"size": labels["size"], "boxes": torch.zeros(0, 4), "class_labels": torch.zeros(0, dtype=torch.int64)}
+    assert set(token_classes(empty, (3, 5), 16, 3).flatten().tolist()) == {3, -1}
+
+
+def test_average_precision_is_the_mean_precision_at_each_hit():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        scores = torch.rand(30, generator=generator)
+        is_true = torch.rand(30, generator=generator) < 0.3
+        is_true[3] = True
+        ranked = [bool(hit) for _, hit in sorted(zip(scores.tolist(), is_true.tolist(), strict=True), reverse=True)]
+        precisions = [sum(ranked[: rank + 1]) / (rank + 1) for rank, hit in enumerate(ranked) if hit]
+        assert average_precision(scores, is_true) == pytest.approx(sum(precisions) / len(precisions))
+    assert average_precision(torch.tensor([2.0, 1.0]), torch.tensor([True, False])) == 1
+
+
+def test_a_probe_finds_what_random_features_show_and_is_the_same_twice(shapes, tmp_path):
+    write_small_dit(tmp_path, "small", 96)
+    settings = replace(settings_of("frozen", "bccd", 1.0, 0), canvas=(96, 96))
+    found = dict(probe(tmp_path, shapes["train"], shapes["test"], settings, [0, 50]))
+    assert {len(values) for values in found.values()} == {6}
+    assert found[0] == found[50]  # random weights do not know the timestep
+    # Of five classes on about half of the area: chance is 0.1.
+    assert min(found[0]) > 0.2
+    assert dict(probe(tmp_path, shapes["train"], shapes["test"], settings, [0])) == {0: found[0]}
+    table = probe_table({"random": found})
+    assert table.count("**") >= 2 and table.count("\n") == 3
