@@ -24,7 +24,6 @@ import argparse
 import signal
 import statistics
 import sys
-import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -37,18 +36,21 @@ def main() -> None:
     """Read the options, then make what is missing, or print what is there."""
     # What a run writes in its temporary folder is removed when it is ended from outside, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Ended; go on with the same command."))
+    from scripts.evidence.probing import print_probes
     from scripts.evidence.records import Records
     from scripts.evidence.running import Runner
-    from scripts.evidence.settings import SEEDS, table_plan
+    from scripts.evidence.settings import DATASETS, SEEDS, table_plan
     from scripts.evidence.sweeps import sweep_plan
     from scripts.evidence.table import results_table, sweep_table
 
     parser = make_parser()
     args = parser.parse_args()
-    if args.probe:
-        probe_datasets(args, parser)
-        return
     try:
+        if args.probe:
+            if args.pretrained is None:
+                parser.error("--probe needs the DiT to look into: --pretrained.")
+            print_probes(args.data, args.pretrained, args.datasets or DATASETS)
+            return
         records = Records(args.results)
         runner = Runner(args.data, _pretrained(args, parser), records)
         if args.sweep:
@@ -142,36 +144,6 @@ def make_runs(missing: list[tuple[str, Any]], runner: Any, records: Any, minutes
         metrics, spent = record["metrics"], record["spent"]
         progress(f"           map {metrics['map']:.3f}, map_50 {metrics['map_50']:.3f}, {spent['minutes']:.1f} min")
     return not failed
-
-
-def probe_datasets(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Print a table per data set: training split fitted, validation split measured."""
-    from dit_detection.small_dit import write_small_dit
-    from scripts.evidence.arms import size_of
-    from scripts.evidence.images import load_splits
-    from scripts.evidence.probing import TIMESTEPS, probe, probe_table
-    from scripts.evidence.settings import CANVAS, DATASETS, NETWORK, settings_of
-
-    if args.pretrained is None:
-        parser.error("--probe needs the DiT to look into: --pretrained.")
-    try:
-        if size_of(args.pretrained) != NETWORK:
-            raise ValueError(f"{args.pretrained} is not of the size {NETWORK!r}.")
-        with tempfile.TemporaryDirectory() as folder:
-            for dataset in args.datasets or DATASETS:
-                write_small_dit(folder, NETWORK, max(CANVAS[dataset]))
-                splits = load_splits(args.data / dataset)
-                settings = settings_of("frozen", dataset, 1.0, 0)
-                found: dict[str, dict[int, list[float]]] = {}
-                # Random weights do not know the timestep.
-                dits = {"random weights": (Path(folder), [0]), args.pretrained.name: (args.pretrained, TIMESTEPS)}
-                for name, (dit, timesteps) in dits.items():
-                    for timestep, values in probe(dit, splits["train"], splits["validation"], settings, timesteps):
-                        progress(f"{dataset}, {name}, timestep {timestep}: {max(values):.3f}")
-                        found.setdefault(name, {})[timestep] = values
-                print(f"{dataset}:\n\n{probe_table(found)}\n", flush=True)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
 
 
 def print_plan(missing: list[tuple[str, Any]], records: Any) -> None:

@@ -143,7 +143,7 @@ def test_a_sweep_changes_one_thing_and_its_table_has_the_best_first(tmp_path):
         assert len(set(map(repr, settings))) == len(sweep.options) > 1
         assert {option.split for option in settings} == {"validation"}
     sizes = [settings.canvas for _, settings in sweep_plan("resolution", WEIGHTS)]
-    assert sizes == [(288, 384), (224, 288), (384, 512)]
+    assert sizes == [(192, 256), (144, 192), (256, 336)]
     with pytest.raises(ValueError, match="--pretrained"):
         list(sweep_plan("matcher", {}))
 

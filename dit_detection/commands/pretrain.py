@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 import numpy as np
-import psutil  # which accelerate needs, too
+import psutil
 import torch
 import transformers
 from datasets import Dataset, Features, concatenate_datasets

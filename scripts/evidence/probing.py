@@ -4,6 +4,7 @@ What a DiT knows before any detector is trained on it: a linear classifier of to
 Shape letters: B images, N tokens, D width, h w token grid.
 """
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,16 +16,46 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 
 from dit_detection import DetectionDataset, DiTForObjectDetection, collate_detection, id2label_of
-from dit_detection.small_dit import SIZES
+from dit_detection.small_dit import SIZES, write_small_dit
 
+from .arms import size_of
 from .evaluation import BATCH_SIZE, Batch
-from .images import make_processor
-from .settings import NETWORK, Settings
+from .images import load_splits, make_processor
+from .settings import NETWORK, Settings, settings_of
 from .table import markdown_table
 
 TIMESTEPS = (0, 50, 100, 200, 300, 500)
 # Relative to the features' variance of 1.
 RIDGE = 1e-3
+
+
+def print_probes(data: Path, pretrained: Path, names: Sequence[str]) -> None:
+    """
+    Print a table per data set: fitted to its training split, measured on its validation split.
+
+    Args:
+        data (`Path`): Folder of the data sets' folders.
+        pretrained (`Path`): Folder of a DiT; random weights of the same size stand beside it.
+        names (`Sequence[str]`): Keys of `CANVAS`.
+
+    Raises:
+        ValueError: The DiT is not of the size `NETWORK`.
+    """
+    if size_of(pretrained) != NETWORK:
+        raise ValueError(
+            f"{pretrained} is not of the size {NETWORK!r}, as NETWORK in scripts/evidence/settings.py is."
+        )
+    for name in names:
+        splits = load_splits(data / name)
+        settings = settings_of("frozen", name, 1.0, 0)
+        with tempfile.TemporaryDirectory() as folder:
+            write_small_dit(folder, NETWORK, max(settings.canvas))
+            train, held_out = splits["train"], splits["validation"]
+            found = {
+                "random weights": dict(probe(Path(folder), train, held_out, settings, [0])),  # they know no timestep
+                pretrained.name: dict(probe(pretrained, train, held_out, settings)),
+            }
+        print(f"{name}:\n\n{probe_table(found)}\n", flush=True)
 
 
 def probe(
