@@ -17,7 +17,7 @@ AUGMENTATION = {"vertical_flip": 0.5}
 
 # Images that pass through a model in training, whatever the share of the labels: that alone differs. Arm (a) takes
 # 0.08 s of one core for each.
-PASSES = 2400
+PASSES = 1600
 
 # The DiT of our arms, a key of dit_detection.small_dit.SIZES: the random one and those that are given.
 NETWORK = "small"

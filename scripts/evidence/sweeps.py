@@ -53,7 +53,7 @@ SWEEPS = {
                 ([0, 2, 5], [2], [3], [5]), (50, 0, 10, 100), ("adaln", "layer_norm", "raw")
             )
         },
-        passes=1600,
+        passes=800,
     ),
     "tuning": Sweep(
         "tuned",
