@@ -1,7 +1,7 @@
 """
 Does diffusion pretraining find more objects with fewer labels? One table, made over as many sittings as it takes.
 
-    python scripts/experiments.py --pretrained DIT --pretrained_on bccd=DIT_BCCD cards=DIT_CARDS --minutes 60
+    python scripts/experiments.py --pretrained_on bccd=DIT_BCCD cards=DIT_CARDS --minutes 60
     python scripts/experiments.py --table
 
 The first makes the runs that are missing, the most informative first, and starts none after an hour. Every finished
@@ -10,14 +10,15 @@ arms get the same images, views, canvas and number of image passes; the detector
 as ours took. No side starts from weights that have seen COCO or ImageNet. What is tested is the last weights, once:
 no checkpoint is chosen.
 
-    python scripts/experiments.py --sweep matcher --pretrained DIT
-    python scripts/experiments.py --sweep matcher --pretrained DIT --table
+    python scripts/experiments.py --sweep matcher
+    python scripts/experiments.py --sweep matcher --table
 
 Settings are chosen on the validation split: these are the lists in scripts/evidence/sweeps.py.
 
-    python scripts/experiments.py --probe --pretrained DIT --datasets bccd
+    python scripts/experiments.py --probe --datasets bccd
 
-What a DiT knows before any detector is trained on it, per block and timestep, beside random weights.
+What a DiT knows before any detector is trained on it, per block and timestep, beside random weights. The pretrained
+DiT is that of the package, unless --pretrained names another.
 """
 
 import argparse
@@ -47,8 +48,6 @@ def main() -> None:
     args = parser.parse_args()
     try:
         if args.probe:
-            if args.pretrained is None:
-                parser.error("--probe needs the DiT to look into: --pretrained.")
             print_probes(args.data, args.pretrained, args.datasets or DATASETS)
             return
         records = Records(args.results)
@@ -87,7 +86,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--results", type=Path, default=ROOT / "model_cards" / "evidence" / "results.jsonl", help="the finished runs"
     )
-    parser.add_argument("--pretrained", type=Path, metavar="DIT", help="pipeline or DiT folder of arms (b) and (c)")
+    parser.add_argument(
+        "--pretrained",
+        type=Path,
+        metavar="DIT",
+        default=ROOT / "dit_detection" / "small-dit",
+        help="pipeline or DiT folder of arms (b) and (c); default: that of the package",
+    )
     parser.add_argument(
         "--pretrained_on", nargs="+", default=[], metavar="SET=DIT", help="per data set, the DiT of arm (d)"
     )
@@ -97,7 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after these")
     parser.add_argument("--sweep", choices=SWEEPS, help="compare settings on the validation split")
-    parser.add_argument("--probe", action="store_true", help="linear classifiers of the tokens of --pretrained")
+    parser.add_argument("--probe", action="store_true", help="linear classifiers of the DiT's tokens")
     parser.add_argument("--table", action="store_true", help="print the results and run nothing")
     parser.add_argument("--plan", action="store_true", help="print what is missing and its minutes; run nothing")
     parser.add_argument("--metric", default="map", help="of --table: map, map_50, …")
@@ -108,9 +113,7 @@ def _pretrained(args: argparse.Namespace, parser: argparse.ArgumentParser) -> di
     """Folders of pretrained DiTs by kind and data set."""
     from scripts.evidence.settings import DATASETS
 
-    folders: dict[tuple[str, str], Path] = {}
-    if args.pretrained is not None:
-        folders = {("general", dataset): args.pretrained for dataset in DATASETS}
+    folders = {("general", dataset): args.pretrained for dataset in DATASETS}
     for text in args.pretrained_on:
         dataset, _, folder = text.partition("=")
         if dataset not in DATASETS or not folder:

@@ -308,7 +308,6 @@ def test_wrong_options_are_refused(monkeypatch, capsys, tmp_path):
         ("--pretrained_on", "cells=x"): "must be SET=FOLDER",
         ("--pretrained", str(tmp_path / "none")): "is no folder",
         ("--pretrained", str(tmp_path)): "no weights of a DiT",
-        ("--sweep", "matcher"): "--pretrained",
     }.items():
         with pytest.raises(SystemExit):
             run_script(monkeypatch, "--results", str(tmp_path / "results.jsonl"), *options)

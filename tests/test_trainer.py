@@ -125,3 +125,14 @@ def test_trains_keeps_the_best_and_writes_its_card(make_trainer, tmp_path):
 def test_without_an_image_processor_the_error_says_what_it_is_for():
     with pytest.raises(ValueError, match="processing_class, the image processor"):
         DetectionTrainer(nn.Linear(1, 1))
+
+
+def test_weights_that_train_are_not_float16(make_trainer):
+    trainer = make_trainer()
+    trainer.model.half()
+    with pytest.raises(ValueError, match="dtype=torch.float32"):
+        trainer.train()
+    trainer.model.head.float()
+    trainer.model.freeze_backbone()
+    with pytest.raises(ValueError, match="tap_norms.0.weight is float16"):
+        trainer.train()

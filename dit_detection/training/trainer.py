@@ -207,6 +207,12 @@ class DetectionTrainer(CardTrainer, SafeTrainer):
         """The optimizer of `args.optim`, with a learning rate and weight decay per parameter."""
         if self.optimizer is None:  # type: ignore[has-type]
             model = self.model if model is None else model
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and parameter.dtype == torch.float16:
+                    raise ValueError(
+                        f"{name} is float16, in which the steps of training are lost. Load the model with "
+                        "dtype=torch.float32; fp16=True or bf16=True still compute in 16 bits."
+                    )
             optimizer_cls, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_cls(parameter_groups(model, self.args), **optimizer_kwargs)
         return self.optimizer
