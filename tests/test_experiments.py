@@ -24,7 +24,7 @@ from scripts.evidence.images import draw_subset, make_processor, training_images
 from scripts.evidence.machine import Machine  # noqa: E402
 from scripts.evidence.probing import average_precision, probe, probe_table, token_classes  # noqa: E402
 from scripts.evidence.records import Records  # noqa: E402
-from scripts.evidence.settings import ARMS, PASSES, settings_of, table_plan  # noqa: E402
+from scripts.evidence.settings import ARMS, CANVAS, PASSES, settings_of, table_plan  # noqa: E402
 from scripts.evidence.sweeps import SWEEPS, sweep_plan  # noqa: E402
 from scripts.evidence.table import results_table, sweep_table  # noqa: E402
 from scripts.evidence.training import rate_at, update_averages  # noqa: E402
@@ -323,8 +323,8 @@ def test_every_arm_trains_and_is_evaluated(shapes, tmp_path, monkeypatch, arm):
     runner = running.Runner(tmp_path, folders, Records(tmp_path / "r.jsonl"), CPU)
     settings = next(s for s in table_plan(runner.weights, [arm], ["bccd"], [0.3], [0]) if s.budget == "passes")
     changes = TINY if arm == "frozen" else {**TINY, "model": {}}
-    if arm == "d_fine":  # its 300 queries are the best of as many cells
-        changes |= {"canvas": (256, 256)}
+    if arm == "d_fine":  # its queries are the best of as many cells
+        changes |= {"canvas": CANVAS["bccd"]}
     record = runner.run(settings.with_changes(changes))
     assert record["spent"]["passes"] == 4 and record["spent"]["minutes"] > 0
     assert 0 <= record["metrics"]["map"] <= 1
@@ -343,7 +343,7 @@ def test_a_baseline_stops_when_the_minutes_of_ours_are_over(shapes, tmp_path, mo
     reference["spent"]["minutes"] = 0.05
     records.add(reference)
     assert runner.is_ready(settings)
-    spent = runner.run(settings.with_changes({"canvas": (256, 256), "batch_size": 2}))["spent"]
+    spent = runner.run(settings.with_changes({"batch_size": 2}))["spent"]
     assert 0.05 <= spent["minutes"] < 1
     assert 0 < spent["passes"] < PASSES
 
