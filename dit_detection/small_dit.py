@@ -1,4 +1,4 @@
-"""Small Diffusion Transformers on pixels with random weights, for where no checkpoint is given."""
+"""Small Diffusion Transformers on pixels: the pretrained one that the package carries, and random weights."""
 
 from pathlib import Path
 from typing import Any
@@ -6,14 +6,18 @@ from typing import Any
 import torch
 from diffusers import DiTTransformer2DModel
 
-# "tiny" learns the drawn shapes within minutes on 2 cores, "small" a few hundred photographs within the hour.
+# Folder of the pretrained DiT of size "small", for `from_diffusers` and --model. How `dit-detect pretrain` made it:
+# model_cards/small-dit/README.md.
+SMALL_DIT = Path(__file__).parent / "small-dit"
+
+# "tiny" is for tests; "small" learns a few hundred photographs within the hour on 2 cores.
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 4, "patch_size": 8},
     "small": {"num_attention_heads": 4, "attention_head_dim": 48, "num_layers": 6, "patch_size": 16},
 }
 
 # The detector on each: as slim as its DiT, one anchor per cell (with a pyramid and ATSS more bring little), and the
-# first block tapped, whose features are closest to the pixels while the rest is still random.
+# first block tapped, whose features are closest to the pixels.
 DETECTORS: dict[str, dict[str, Any]] = {
     "tiny": {
         "out_indices": [0, 3],

@@ -334,7 +334,11 @@ def test_the_embedded_job_reaches_its_map(tmp_path):
         timeout=1200,
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    assert "random weights" in run.stdout + run.stderr and "facebook/DiT-XL-2-256" in run.stdout + run.stderr
+    assert "facebook/DiT-XL-2-256" in run.stdout + run.stderr
+    config = json.loads((tmp_path / "outputs" / "config.json").read_text())
+    assert config["base_model"] == "small-dit"
+    card = (tmp_path / "outputs" / "README.md").read_text()
+    assert "`small-dit`" in card and "random weights" not in card
     metrics = json.loads((tmp_path / "outputs" / "test_results.json").read_text())
     assert metrics["test_map_50"] >= 0.80
 
@@ -353,6 +357,7 @@ def test_what_a_detector_has_settled_is_refused(tiny_model, coco_set, tmp_path):
         (["--datas", "x"], "--datas"),  # would be read as --dataset, with the embedded job's settings
         (["--image_size", "64", "64", "64"], "a side, or height and width"),
         (["--image_size", "0"], "a side, or height and width"),
+        (["--model", "x", "--random_dit", "tiny"], "--random_dit tiny stands in the place of --model x"),
         (["--streaming", "--max_steps", "1", "--test_fraction", "0.1"], "--test_fraction needs to see all"),
     ],
 )

@@ -61,7 +61,7 @@ def test_what_the_training_leaves_stays(folder, tmp_path):
         **dict.fromkeys(["events.log", "notes.py", "ema.safetensors", "unshown.png"], "not part"),
         **{"trainer_state.json": "not part", ".env": "hidden"},
     }
-    folders = {"checkpoint-7": "a checkpoint", "small-dit": "not part", "__pycache__": "not part", ".cache": "hidden"}
+    folders = {"checkpoint-7": "a checkpoint", "random-dit": "not part", "__pycache__": "not part", ".cache": "hidden"}
     links = {"secret_results.json": outside, "dangling": tmp_path / "nothing"}
     for name in files:
         (folder / name).write_text("HF_TOKEN=secret")

@@ -162,7 +162,7 @@ def test_the_command_that_trains_ends_with_one_commit(hub, dataset, monkeypatch,
     assert hub.repositories[REPO].private
     ((_, names),) = commits_of(hub.repositories[REPO])
     assert names >= DETECTOR | CARD | {"test_results.json", "predictions.jpg", "history.png"}
-    assert not any(name.startswith(("checkpoint", "small-dit", "training_args")) for name in names)
+    assert not any(name.startswith(("checkpoint", "random-dit", "training_args")) for name in names)
     assert "test_map" in json.loads(hub.files(REPO)["test_results.json"])
 
 

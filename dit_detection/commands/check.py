@@ -94,7 +94,7 @@ def _make_parser() -> argparse.ArgumentParser:
     group = add_data_options(parser)
     group.add_argument("--image_size", nargs="+", type=int, help="canvas in pixels: a side, or height and width")
     group.add_argument("--model", help="a DiT, or a detector of this library, whose anchors and canvas are then used")
-    group.add_argument("--random_dit", choices=sorted(DETECTORS), help="size of the random DiT")
+    group.add_argument("--random_dit", choices=sorted(DETECTORS), help="a DiT with random weights")
     group.add_argument("--config_overrides", default="{}", help="of DiTDetectionConfig: JSON, or a JSON file")
     return parser
 
@@ -123,12 +123,11 @@ def _read_settings(args: argparse.Namespace) -> tuple[dict[str, AnchorSetting], 
             canvas = canvas_of(DiTDetectionImageProcessor.from_pretrained(args.model))
             return {args.model: _setting(config.to_dict() | overrides)}, canvas
         raise ValueError(f"--model {args.model} is a {config.model_type}, neither a DiT of diffusers nor a detector.")
-    random_dit = args.random_dit or "small"
-    settings = {f"random DiT, {random_dit}": _setting(DETECTORS[random_dit] | overrides)}
-    if args.random_dit is None and not overrides:
-        others = [name for name in DETECTORS if name != random_dit]
-        settings |= {f"random DiT, {name}": _setting(DETECTORS[name]) for name in others}
-        settings["a DiT (--model)"] = _setting({})
+    if args.random_dit is not None:
+        return {f"random DiT, {args.random_dit}": _setting(DETECTORS[args.random_dit] | overrides)}, canvas
+    settings = {"the small DiT": _setting(DETECTORS["small"] | overrides)}
+    if not overrides:
+        settings["another DiT (--model)"] = _setting({})
     return settings, canvas
 
 

@@ -26,7 +26,7 @@ from ..data import (
 )
 from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
 from ..model.modeling_dit_detection import DiTForObjectDetection
-from ..small_dit import DETECTORS, write_small_dit
+from ..small_dit import DETECTORS, SMALL_DIT, write_small_dit
 from ..training.frozen_cache import canvas_of
 from ..training.trainer import DetectionTrainer, DetectionTrainingArguments
 from .dry_run import describe_cost
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     trainer.card_facts = {
         "dataset_name": Path(data_args.dataset).name if data_args.dataset else "drawn shapes",
         "command": shown_command(argv),
-        "limits": [] if model_args.model else ["Its DiT began with random weights, not with pretrained ones."],
+        "limits": ["Its DiT began with random weights, not with pretrained ones."] if model_args.random_dit else [],
     }
     if args.push_to_hub:
         trainer.push_to_hub()  # saves the model and writes the card
@@ -104,9 +104,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         args.output_dir,
     )
     if model_args.model is None:
-        logger.info(
-            "This DiT began with random weights. Pretrained ones: --model facebook/DiT-XL-2-256 (CC BY-NC 4.0)."
-        )
+        logger.info("This was a small DiT. A large one: --model facebook/DiT-XL-2-256 (weights under CC BY-NC 4.0).")
     trainer.accelerator.end_training()
     return metrics
 
@@ -174,11 +172,14 @@ def _load_model(
         )
     else:
         if source is None:
-            source = str(Path(args.output_dir) / "small-dit")
-            with args.main_process_first(desc="writing the small DiT"):
+            source = str(SMALL_DIT)
+            overrides = DETECTORS[model_args.random_dit or "small"] | overrides
+        if model_args.random_dit is not None:
+            source = str(Path(args.output_dir) / "random-dit")
+            with args.main_process_first(desc="writing the random DiT"):
                 if args.process_index == 0:
                     write_small_dit(source, model_args.random_dit, max(model_args.image_size), args.seed)
-            overrides = DETECTORS[model_args.random_dit] | {"base_model": None} | overrides
+            overrides = {"base_model": None} | overrides
         # Weights that are trained stay in float32, whatever the file holds; autocast computes in bf16.
         model = DiTForObjectDetection.from_diffusers(
             source,

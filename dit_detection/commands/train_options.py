@@ -13,8 +13,7 @@ from ..training.trainer import DetectionTrainingArguments
 
 # What the embedded job trains with: it must be done in 4 minutes on 2 cores.
 EMBEDDED_JOB = {
-    "random_dit": "tiny",
-    "image_size": [128],
+    "image_size": [192],
     "num_train_epochs": 4,
     "learning_rate": 2e-3,
     "augmentation": '{"scale_probability": 0.0}',
@@ -36,15 +35,18 @@ class ModelArguments:
         metadata={
             "help": "DiT of diffusers: Hub id or folder of a pipeline (facebook/DiT-XL-2-256) or bare transformer; a "
             ".pt file of DiT, SiT or REPA, with --family and --vae; or a detector of this library to go on from. "
-            "Default: a small DiT on pixels with random weights."
+            "Default: the small pretrained DiT on pixels that the library carries."
         },
     )
     family: Literal["dit", "sit", "repa"] | None = field(
         default=None, metadata={"help": "Of a .pt file: whose code saved it.", "choices": ["dit", "sit", "repa"]}
     )
-    random_dit: Literal["tiny", "small"] = field(
-        default="small",
-        metadata={"help": "Without --model: size of the random DiT; with its detector 1.2 M or 3.6 M parameters."},
+    random_dit: Literal["tiny", "small"] | None = field(
+        default=None,
+        metadata={
+            "help": "Begin with random weights, to compare: a DiT of 1.2 M or 3.6 M parameters with its detector.",
+            "choices": ["tiny", "small"],
+        },
     )
     vae: str = field(
         default="auto",
@@ -158,6 +160,8 @@ def parse_options(argv: list[str]) -> tuple[ModelArguments, DataArguments, Detec
     if not _names(argv, "--dataset"):
         parser.set_defaults(**EMBEDDED_JOB)
     model_args, data_args, args = parser.parse_args_into_dataclasses(args=argv)
+    if model_args.model is not None and model_args.random_dit is not None:
+        parser.error(f"--random_dit {model_args.random_dit} stands in the place of --model {model_args.model}.")
     if len(model_args.image_size) > 2 or min(model_args.image_size) < 1:
         parser.error(f"--image_size {model_args.image_size}: give a side, or height and width, in pixels.")
     if model_args.dry_run and model_args.lora_r is not None:
