@@ -64,7 +64,7 @@ ARMS = {
         "(e) RetinaNet, ResNet-50 FPN, random init",
         is_baseline=True,
         training={"optimizer": "adamw", "learning_rate": 5e-4, "weight_decay": 0.05, "max_grad_norm": 1.0},
-        model={"anchor_scale": 0.5},
+        model={"anchor_scale": 1.0},
     ),
     "d_fine": Arm(
         "(e) D-FINE, size N, random init",
