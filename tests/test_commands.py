@@ -13,7 +13,7 @@ from tiny_training import label_fields
 from dit_detection import DiTDetectionImageProcessor, InvalidDatasetError, cli, id2label_of, load_detection_dataset
 from dit_detection.card.model_card import DetectionModelCardData
 from dit_detection.commands import convert, evaluate, predict, train
-from dit_detection.commands.train_options import read_json_option, shown_command
+from dit_detection.commands.train_options import parse_options, read_json_option, shown_command
 from dit_detection.data import draw_shapes_dataset
 from dit_detection.small_dit import write_small_dit
 
@@ -349,6 +349,20 @@ def test_what_a_detector_has_settled_is_refused(tiny_model, coco_set, tmp_path):
     for option in (["--timestep", "10"], ["--condition", "1"], ["--vae", "none"], ["--image_size", "96"]):
         with pytest.raises(ValueError, match=rf"{option[0]} .*is a detector"):
             train.main(["--model", str(tmp_path), "--dataset", str(coco_set), *option])
+
+
+@pytest.mark.parametrize(
+    ("options", "rate", "decay", "frozen"),
+    [
+        ([], 1e-3, 0.85, 3),
+        (["--random_dit=small"], 1e-3, 1.0, None),
+        (["--model", "a-dit"], 1e-4, 0.85, None),
+        (["--learning_rate", "3e-4", "--freeze_layers", "0"], 3e-4, 0.85, 0),
+    ],
+)
+def test_rates_and_frozen_blocks_are_those_of_the_dit(options, rate, decay, frozen, tmp_path):
+    model_args, _, args = parse_options(["--dataset", "x", "--output_dir", str(tmp_path), *options])
+    assert (args.learning_rate, args.layer_decay, model_args.freeze_layers) == (rate, decay, frozen)
 
 
 @pytest.mark.parametrize(

@@ -130,9 +130,9 @@ def test_without_an_image_processor_the_error_says_what_it_is_for():
 def test_weights_that_train_are_not_float16(make_trainer):
     trainer = make_trainer()
     trainer.model.half()
-    with pytest.raises(ValueError, match="dtype=torch.float32"):
+    with pytest.raises(ValueError, match=r"dtype=torch\.float32"):
         trainer.train()
     trainer.model.head.float()
     trainer.model.freeze_backbone()
-    with pytest.raises(ValueError, match="tap_norms.0.weight is float16"):
+    with pytest.raises(ValueError, match=r"tap_norms\.0\.weight is float16"):
         trainer.train()

@@ -18,9 +18,10 @@ EMBEDDED_JOB = {
     "learning_rate": 2e-3,
     "augmentation": '{"scale_probability": 0.0}',
 }
-# Random weights learn faster and have no pretrained depth to protect.
+# What scripts/experiments.py trains: arm (c), the upper half of the small pretrained DiT, and arm (a), random weights,
+# which have no depth to protect. A small network takes a higher rate than a large one.
+SMALL_PRETRAINED = {"learning_rate": 1e-3, "freeze_layers": 3}
 RANDOM_WEIGHTS = {"learning_rate": 1e-3, "layer_decay": 1.0}
-
 
 # Views of each image that --cache_frozen keeps unless --num_views says: disk and time to fill it grow with them.
 VIEWS_IN_CACHE = 4
@@ -59,7 +60,11 @@ class ModelArguments:
         metadata={"help": "Canvas that every image is fitted into, in pixels: a side, or height and width."},
     )
     freeze_layers: int | None = field(
-        default=None, metadata={"help": "Freeze the patch embedding and this many blocks, from the first; -1: all."}
+        default=None,
+        metadata={
+            "help": "Freeze the patch embedding and this many blocks, from the first; -1: all. "
+            "Default: none; of the small pretrained DiT the lower half."
+        },
     )
     lora_r: int | None = field(
         default=None,
@@ -155,8 +160,9 @@ def parse_options(argv: list[str]) -> tuple[ModelArguments, DataArguments, Detec
         # On a CPU the workers would take the cores from the model.
         dataloader_num_workers=0 if on_cpu else 4,
     )
-    if not _names(argv, "--model"):
-        parser.set_defaults(**RANDOM_WEIGHTS)
+    is_random = _names(argv, "--random_dit")
+    if is_random or not _names(argv, "--model"):
+        parser.set_defaults(**(RANDOM_WEIGHTS if is_random else SMALL_PRETRAINED))
     if not _names(argv, "--dataset"):
         parser.set_defaults(**EMBEDDED_JOB)
     model_args, data_args, args = parser.parse_args_into_dataclasses(args=argv)
