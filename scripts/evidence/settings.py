@@ -47,7 +47,7 @@ class Arm:
 
 # Upper half tuned: blocks count from the pixels, and the first half stays as it is.
 _TUNED: dict[str, Any] = {
-    "training": {"learning_rate": 1e-3, "backbone_learning_rate": 5e-4, "layer_decay": 0.85},
+    "training": {"learning_rate": 1e-3, "backbone_learning_rate": 1e-3, "layer_decay": 0.85},
     "model": {"frozen_share": 0.5},
 }
 ARMS = {

@@ -34,6 +34,13 @@ def _config(**fields: Any) -> dict[str, Any]:
     return {"model": {"config": fields}}
 
 
+def _backbone(frozen_share: float, rate: float, decay: float) -> dict[str, dict[str, Any]]:
+    return {
+        "model": {"frozen_share": frozen_share},
+        "training": {"backbone_learning_rate": rate, "layer_decay": decay},
+    }
+
+
 def _rates(optimizer: str, rates: Sequence[float], **more: Any) -> dict[str, dict[str, Any]]:
     decay = {"weight_decay": 1e-4} if optimizer == "sgd" else {}
     return {
@@ -61,17 +68,14 @@ SWEEPS = {
     "tuning": Sweep(
         "tuned",
         {
-            "upper half, decay 0.85": {},
-            "upper half, decay 1": {"training": {"layer_decay": 1.0}},
-            "upper half, decay 0.65": {"training": {"layer_decay": 0.65}},
-            "upper half, rate 1e-3": {"training": {"backbone_learning_rate": 1e-3}},
-            "upper half, rate 2e-4": {"training": {"backbone_learning_rate": 2e-4}},
-            "all, decay 0.85": {"model": {"frozen_share": 0.0}},
-            "all, decay 1, rate 1e-3": {
-                "model": {"frozen_share": 0.0},
-                "training": {"layer_decay": 1.0, "backbone_learning_rate": 1e-3},
-            },
-            "none": {"model": {"frozen_share": 1.0}},
+            "upper half, rate 1e-3, decay 0.85": {},
+            "upper half, rate 5e-4, decay 0.85": _backbone(0.5, 5e-4, 0.85),
+            "upper half, rate 5e-4, decay 1": _backbone(0.5, 5e-4, 1.0),
+            "upper half, rate 5e-4, decay 0.65": _backbone(0.5, 5e-4, 0.65),
+            "upper half, rate 2e-4, decay 0.85": _backbone(0.5, 2e-4, 0.85),
+            "all, rate 5e-4, decay 0.85": _backbone(0.0, 5e-4, 0.85),
+            "all, rate 1e-3, decay 1": _backbone(0.0, 1e-3, 1.0),
+            "none": _backbone(1.0, 5e-4, 0.85),
         },
     ),
     "random": Sweep(
