@@ -407,6 +407,7 @@ def test_a_space_of_a_repository_names_it_at_its_commit(saved, tmp_path, hub):
     facts = front_matter(space)
     assert facts["models"] == ["someone/cells"] and facts["license"] == "cc-by-nc-4.0"
     assert not (space / "model").exists()
+    assert not list(space.rglob("*.safetensors"))  # nor the DiT that new detectors are made of
 
 
 def test_an_adapter_is_merged_before_it_becomes_a_space(tmp_path):

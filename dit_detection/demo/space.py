@@ -60,7 +60,7 @@ def write_space(folder: str | Path, checkpoint: str, revision: str | None = None
     )
 
     folder.mkdir(parents=True, exist_ok=True)
-    ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+    ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "small-dit")  # the page trains nothing
     shutil.copytree(Path(__file__).parents[1], folder / _PACKAGE, ignore=ignored)
     licence_text = metadata.distribution(_PACKAGE).read_text("licenses/LICENSE")
     if licence_text:
