@@ -59,8 +59,9 @@ SWEEPS = {
             f"taps {taps}, t {timestep}, {norm}": {
                 "model": {"config": {"out_indices": taps}, "timestep": timestep, "tap_norm": norm, "num_views": 4}
             }
-            for taps, timestep, norm in product(
-                ([0, 2, 5], [2], [3], [5]), (50, 0, 10, 100), ("adaln", "layer_norm", "raw")
+            for taps, timestep, norm in (
+                *product(([0, 2, 5], [0, 2, 4], [2, 4], [4]), (50, 100, 0, 200), ["adaln"]),
+                *product([[0, 2, 4]], [50], ("layer_norm", "raw")),
             )
         },
         passes=800,
