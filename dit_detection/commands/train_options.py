@@ -13,7 +13,7 @@ from ..training.trainer import DetectionTrainingArguments
 
 # What the embedded job trains with: it must be done in 4 minutes on 2 cores.
 EMBEDDED_JOB = {
-    "image_size": [192],
+    "image_size": [160],
     "num_train_epochs": 3,
     "learning_rate": 2e-3,
     "augmentation": '{"scale_probability": 0.0}',
