@@ -291,14 +291,12 @@ def test_the_commands(tiny_model, pixels, tmp_path):
     job += [
         "--dataset",
         str(tmp_path / "shapes"),
-        "--random_dit",
-        "tiny",
         "--freeze_layers",
         "2",
         "--disable_tqdm",
         "True",
     ]
-    metrics = train.main(job)
+    metrics = train.main([*job, "--random_dit", "tiny"])
     out = tmp_path / "out"
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(out / "base")
