@@ -356,6 +356,7 @@ def test_what_a_detector_has_settled_is_refused(tiny_model, coco_set, tmp_path):
     [
         ([], 1e-3, 0.85, 3),
         (["--random_dit=small"], 1e-3, 1.0, None),
+        (["--random-dit", "small"], 1e-3, 1.0, None),
         (["--model", "a-dit"], 1e-4, 0.85, None),
         (["--learning_rate", "3e-4", "--freeze_layers", "0"], 3e-4, 0.85, 0),
     ],

@@ -1,8 +1,5 @@
 """The pretrained DiT that the package carries."""
 
-from pathlib import Path
-
-import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
@@ -32,7 +29,7 @@ def test_a_detector_is_made_of_it_as_of_any_dit():
     model = DiTForObjectDetection.from_diffusers(
         SMALL_DIT, id2label={0: "cell"}, dtype=torch.float32, **DETECTORS["small"]
     )
-    assert model.config.base_model == Path(SMALL_DIT).name
+    assert model.config.base_model == SMALL_DIT.name
     with torch.no_grad():
         outputs = model.eval()(torch.zeros(1, 3, 64, 96))
     assert outputs.logits.isfinite().all()
@@ -47,10 +44,10 @@ def test_it_removes_noise():
     transformer, scheduler, _ = load_pipeline(str(SMALL_DIT))
     model = DiffusionModel(transformer, scheduler).eval()
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-    for timestep, bound in ((100, 0.3), (300, 0.3)):
+    for timestep in (100, 300):
         time = torch.tensor([timestep])
         noisy = scheduler.add_noise(clean, noise, time)
         restored = model.predict(noisy, time)
         # Shrinking all pixels to their mean would leave 1 of the image's variance.
         error = (restored - clean).square().mean() / clean.var()
-        assert error == pytest.approx(0, abs=bound)
+        assert error < 0.3

@@ -226,7 +226,8 @@ def read_json_option(name: str, text: str) -> dict[str, Any]:
 
 
 def _names(argv: list[str], option: str) -> bool:
-    return any(argument == option or argument.startswith(f"{option}=") for argument in argv)
+    # With dashes or underscores, as argparse takes them.
+    return any(argument.partition("=")[0].replace("-", "_") == option.replace("-", "_") for argument in argv)
 
 
 def computes_bf16(on_cpu: bool) -> bool:
