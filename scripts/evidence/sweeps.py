@@ -98,6 +98,8 @@ SWEEPS = {
         {
             "as it is": {},
             "no scale": {"augmentation": {"scale_probability": 0.0}},
+            "scale 0.8 to 1.25": {"augmentation": {"scale": [0.8, 1.25]}},
+            "scale of 40 % of the images": {"augmentation": {"scale_probability": 0.4}},
             "no colour": {"augmentation": {"photometric": 0.0}},
             "no vertical flip": {"augmentation": {"vertical_flip": 0.0}},
             "mosaic 0.5": {"augmentation": {"mosaic": 0.5}},
