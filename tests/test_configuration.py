@@ -103,6 +103,7 @@ def test_two_configs_share_nothing():
         ({"foreground_iou": 1.1}, "foreground_iou=1.1"),
         ({"prior_probability": 1.0}, "prior_probability=1.0 must lie between 0 and 1"),
         ({"prior_probability": 0.0}, "prior_probability=0.0 must lie between 0 and 1"),
+        ({"smooth_l1_beta": -0.1}, "smooth_l1_beta=-0.1 must be at least 0"),
         ({"max_candidates": 0}, "max_candidates=0 must be at least 1"),
         ({"atss_candidates": 0}, "atss_candidates=0 must be at least 1"),
         ({"class_weights": [1.0, 2.0]}, "class_weights has 2 entries for num_labels=3"),

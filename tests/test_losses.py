@@ -51,7 +51,7 @@ SETTINGS = [
     for matcher, class_loss, box_loss in [
         ("atss", "focal", "giou"),
         ("max_iou", "focal", "smooth_l1"),
-        ("atss", "cross_entropy", "l1"),
+        ("atss", "cross_entropy", "smooth_l1"),
         ("max_iou", "cross_entropy", "giou"),
     ]
 ]
@@ -171,7 +171,8 @@ def test_cross_entropy_equals_torch_with_a_factor_per_class(tiny_config, class_w
 def test_class_loss_by_hand(tiny_config):
     # One 16 x 16 anchor a cell, two cells; the object is the first anchor. Logit 0 is score 1/2 everywhere, so each of
     # the six entries has cross entropy log 2; the object's entry times 1/4 * (1/2)^2, the other five 3/4 * (1/2)^2.
-    config = tiny_config(strides=[16], anchor_sizes=[[16.0]], aspect_ratios=[1.0], box_loss="l1")
+    l1 = {"box_loss": "smooth_l1", "smooth_l1_beta": 0}
+    config = tiny_config(strides=[16], anchor_sizes=[[16.0]], aspect_ratios=[1.0], **l1)
     anchors = make_anchors([(1, 2)], [16], [[16.0]], [1.0])
     target = make_target([[0, 0, 16, 16]], [2])
     deltas = torch.zeros(1, 2, 4)
@@ -184,10 +185,11 @@ def test_class_loss_by_hand(tiny_config):
     torch.testing.assert_close(losses.loss_bbox, torch.tensor([2.0 * 1.75]))  # box_loss_weight is 2
 
 
-@pytest.mark.parametrize("box_loss", ["giou", "l1", "smooth_l1"])
+@pytest.mark.parametrize("box_loss", ["giou", "l1", "smooth_l1"])  # L1 is smooth L1 with a beta of 0
 @pytest.mark.parametrize("case", ["objects", "out of the image", "a hair", "the same twice"])
 def test_box_loss_equals_torch_and_torchvision(tiny_config, box_loss, case):
-    config = tiny_config(box_loss=box_loss, box_loss_weight=0.7)
+    fields = {"box_loss": "smooth_l1", "smooth_l1_beta": 0.0} if box_loss == "l1" else {"box_loss": box_loss}
+    config = tiny_config(**fields, box_loss_weight=0.7)
     targets = CASES[case]
     logits, deltas = head_outputs()
     anchors, matched = matched_of(config, targets)

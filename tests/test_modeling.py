@@ -248,7 +248,7 @@ def test_sizes_come_from_the_mask_or_the_labels_or_the_canvas(tiny_model, random
     assert not torch.equal(by_mask.pred_boxes, by_canvas.pred_boxes)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"box_loss": "l1"}, {"matcher": "max_iou"}])
+@pytest.mark.parametrize("overrides", [{}, {"box_loss": "smooth_l1"}, {"matcher": "max_iou"}])
 def test_a_perfect_head_gives_the_annotated_boxes_back(tiny_model, monkeypatch, overrides):
     # Four shapes of image on one canvas, from pixels to pixels: within 1 pixel of the annotation.
     model, processor = tiny_model(**overrides), DiTDetectionImageProcessor(size=64)

@@ -45,8 +45,8 @@ class DiTDetectionConfig(PreTrainedConfig):
         class_loss (`str`): `"focal"` or `"cross_entropy"` (binary, one-against-rest).
         focal_alpha, focal_gamma (`float`): Balance and focus of the focal loss.
         class_weights (`list[float]`, *optional*): One factor per class on the class loss, against imbalance.
-        box_loss (`str`): `"giou"` on boxes, `"smooth_l1"` or `"l1"` on deltas.
-        smooth_l1_beta (`float`): Where smooth L1 turns from quadratic to linear.
+        box_loss (`str`): `"giou"` on boxes, or `"smooth_l1"` on deltas.
+        smooth_l1_beta (`float`): Where smooth L1 turns from quadratic to linear; 0 is L1, RetinaNet's.
         class_loss_weight, box_loss_weight (`float`): Their weights in the total.
         prior_probability (`float`): Score every class starts from, so that the many background anchors do not drown
             the first steps (RetinaNet, arXiv 1708.02002, section 4.1).
@@ -92,7 +92,7 @@ class DiTDetectionConfig(PreTrainedConfig):
     focal_alpha: float | int = 0.25
     focal_gamma: float | int = 2.0
     class_weights: list[float | int] | None = None
-    box_loss: Literal["giou", "smooth_l1", "l1"] = "giou"
+    box_loss: Literal["giou", "smooth_l1"] = "giou"
     smooth_l1_beta: float | int = 1.0 / 9.0
     class_loss_weight: float | int = 1.0
     box_loss_weight: float | int = 2.0
@@ -196,6 +196,8 @@ class DiTDetectionConfig(PreTrainedConfig):
             )
         if not 0 < self.prior_probability < 1:
             raise ValueError(f"prior_probability={self.prior_probability} must lie between 0 and 1.")
+        if self.smooth_l1_beta < 0:
+            raise ValueError(f"smooth_l1_beta={self.smooth_l1_beta} must be at least 0, which is L1.")
         if self.predictor_kernel_size < 1 or self.predictor_kernel_size % 2 == 0:
             raise ValueError(
                 f"predictor_kernel_size={self.predictor_kernel_size} must be odd: one prediction per cell."

@@ -141,8 +141,6 @@ class DetectionLoss:
         if self.config.box_loss == "giou":
             return generalized_box_iou_loss(self.box_coder.decode(deltas, anchors), boxes, reduction="none")
         targets = self.box_coder.encode(boxes, anchors)
-        if self.config.box_loss == "l1":
-            return F.l1_loss(deltas, targets, reduction="none").sum(dim=1)
         return F.smooth_l1_loss(deltas, targets, reduction="none", beta=self.config.smooth_l1_beta).sum(dim=1)
 
 

@@ -36,5 +36,5 @@ def config_space(trial: "optuna.Trial | None") -> dict[str, Any]:
         return {}
     return {
         "matcher": trial.suggest_categorical("matcher", ["atss", "max_iou"]),
-        "box_loss": trial.suggest_categorical("box_loss", ["giou", "l1", "smooth_l1"]),
+        "box_loss": trial.suggest_categorical("box_loss", ["giou", "smooth_l1"]),
     }

@@ -24,8 +24,11 @@ from .measure import Pair, Row, Settings, count_parameters
 PIXELS, NUM_LABELS = 640, 80
 # 76,725 and 14,400 anchors.
 LEVELS = {"5 levels": [8, 16, 32, 64, 128], "1 level": [16]}
-# (matcher, box loss); the first is what RetinaNet does.
-LOSSES = {"max-IoU, focal, L1": ("max_iou", "l1"), "ATSS, focal, GIoU": ("atss", "giou")}
+# The first is what RetinaNet does.
+LOSSES: dict[str, dict[str, Any]] = {
+    "max-IoU, focal, L1": {"matcher": "max_iou", "box_loss": "smooth_l1", "smooth_l1_beta": 0.0},
+    "ATSS, focal, GIoU": {"matcher": "atss", "box_loss": "giou"},
+}
 
 
 def rows(settings: Settings) -> Iterator[Row]:
@@ -88,9 +91,8 @@ def matching_and_loss(
     """Matching, loss and the gradient of the head's outputs; RetinaNet's own on the other side."""
     batch = random_batch(strides, device, batch_size, num_boxes)
     logits, deltas = batch.logits.requires_grad_(), batch.deltas.requires_grad_()
-    matcher_name, box_loss = LOSSES[loss_name]
-    config = head_config(strides, matcher=matcher_name, box_loss=box_loss)
-    loss = DetectionLoss(config, AnchorMatcher(matcher_name, config.num_anchors_per_cell))
+    config = head_config(strides, **LOSSES[loss_name])
+    loss = DetectionLoss(config, AnchorMatcher(config.matcher, config.num_anchors_per_cell))
     targets = {
         "boxes": batch.boxes,
         "class_labels": batch.class_labels,

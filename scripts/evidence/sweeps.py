@@ -87,7 +87,7 @@ SWEEPS = {
         "tuned",
         {
             "giou": {},
-            "l1": _config(box_loss="l1", box_loss_weight=1.0),
+            "l1": _config(box_loss="smooth_l1", smooth_l1_beta=0.0, box_loss_weight=1.0),
             "smooth_l1": _config(box_loss="smooth_l1", box_loss_weight=1.0),
             "smooth_l1, weight 2": _config(box_loss="smooth_l1", box_loss_weight=2.0),
         },
