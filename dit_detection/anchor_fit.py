@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .data.statistics import SplitTable
 from .model.anchors import make_anchors
 
 CHUNK = 8192  # objects at a time: the (M, P) table of a large data set would fill the memory
@@ -127,9 +128,35 @@ def fit_anchors(boxes: Tensor, image_sizes: Tensor, setting: AnchorSetting, seed
     return AnchorSetting(setting.strides, sizes, tuple(round(ratio, 3) for ratio in best.aspect_ratios))
 
 
-def is_better(old: dict[str, float], new: dict[str, float]) -> bool:
-    """Whether, by their `coverage` of the same objects, one setting is worth a change from another."""
-    return new["covered"] - old["covered"] >= MIN_GAIN
+def fit_to_splits(tables: dict[str, SplitTable], setting: AnchorSetting, seed: int = 0) -> tuple[AnchorSetting, bool]:
+    """
+    Fit anchors to the objects of the split `train`.
+
+    Args:
+        tables (`dict[str, SplitTable]`): The splits by name; those that are neither `train` nor `validation` are not
+            looked at.
+        setting ([`AnchorSetting`]): Where to start from.
+        seed (`int`): As of `fit_anchors`.
+
+    Returns:
+        `tuple`: The fitted setting, and whether it is worth the change: it covers at least a hundredth more of the
+        objects of `train`, and of `validation`, which it was not fitted to, no fewer.
+    """
+    boxes, image_sizes = boxes_of(tables["train"])
+    fitted = fit_anchors(boxes, image_sizes, setting, seed)
+    gains = {}
+    for split in ("train", "validation"):
+        if split in tables:
+            boxes, image_sizes = boxes_of(tables[split])
+            old, new = (coverage(best_anchor_ious(boxes, image_sizes, anchors)[0]) for anchors in (setting, fitted))
+            gains[split] = new["covered"] - old["covered"]
+    return fitted, gains["train"] >= MIN_GAIN and gains.get("validation", 0) >= 0
+
+
+def boxes_of(table: SplitTable) -> tuple[Tensor, Tensor]:
+    """What anchors are to cover, as `best_anchor_ious` takes it: boxes and image sizes, without the crowd regions."""
+    counts = table.iscrowd == 0
+    return torch.from_numpy(table.canvas_boxes[counts]), torch.from_numpy(table.canvas_sizes[table.rows][counts])
 
 
 def _prototypes(setting: AnchorSetting) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,11 +1,20 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torchvision.ops import box_iou
 
 from dit_detection import DiTDetectionConfig
-from dit_detection.anchor_fit import AnchorSetting, best_anchor_ious, coverage, fit_anchors, is_better
+from dit_detection.anchor_fit import (
+    AnchorSetting,
+    best_anchor_ious,
+    boxes_of,
+    coverage,
+    fit_anchors,
+    fit_to_splits,
+)
+from dit_detection.data.statistics import SplitTable
 from dit_detection.model.anchors import make_anchors
 
 RETINANET = AnchorSetting.from_config(DiTDetectionConfig())
@@ -25,7 +34,7 @@ def random_objects(count, seed, sides=(1.0, 400.0), canvas=(384, 512)):
 def clusters(groups, seed=0, jitter=0.03):
     """Boxes of a few (√area, height / width), everywhere on a canvas of 512 x 512, and their images' sizes."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = torch.tensor([(s / r**0.5, s * r**0.5) for s, r, n in groups for _ in range(n)])
+    shapes = torch.tensor([(s / r**0.5, s * r**0.5) for s, r, n in groups for _ in range(n)]).reshape(-1, 2)
     shapes = shapes * (1 + jitter * torch.randn(shapes.shape, generator=generator)).clamp(0.8, 1.2)
     corner = torch.rand(len(shapes), 2, generator=generator) * (512 - shapes)
     return torch.cat([corner, corner + shapes], dim=1), torch.full((len(shapes), 2), 512)
@@ -95,7 +104,51 @@ def test_planted_clusters_are_recovered():
     assert fitted.aspect_ratios[0] == pytest.approx(2.0, rel=0.05)
     assert fitted.strides == start.strides
     old, new = (coverage(best_anchor_ious(boxes, sizes, setting)[0]) for setting in (start, fitted))
-    assert old["covered"] == 0 and new["covered"] == 1 and is_better(old, new)
+    assert old["covered"] == 0 and new["covered"] == 1
+
+
+def make_table(groups, seed=0, num_crowds=0):
+    """A split of one image of 512 x 512, each object as in `clusters`, the first of them crowd regions."""
+    boxes, _ = clusters(groups, seed)
+    corners = boxes.double().numpy()
+    count, side = len(boxes), np.full(1, 512)
+    return SplitTable(
+        name="train",
+        dataset=None,
+        image_ids=np.zeros(1, np.int64),
+        widths=side,
+        heights=side,
+        rows=np.zeros(count, np.int64),
+        bbox=np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1),
+        labels=np.zeros(count, np.int64),
+        areas=np.ones(count),
+        iscrowd=np.arange(count) < num_crowds,
+        canvas_sizes=np.full((1, 2), 512.0),
+    )
+
+
+def test_a_fit_is_worth_it_where_both_splits_gain():
+    start = AnchorSetting((8, 16), ((200.0,), (260.0,)), (1.0,))
+    small = make_table([(40.0, 1.0, 100), (90.0, 1.0, 100)])
+    for tables, expected in (
+        ({"train": small}, True),
+        ({"train": small, "validation": make_table([(40.0, 1.0, 30)], seed=1)}, True),
+        # Covered before, and by the fitted ones no more: what they were not fitted to must not lose.
+        ({"train": small, "validation": make_table([(230.0, 1.0, 30)], seed=1)}, False),
+        ({"train": small, "validation": make_table([])}, True),
+        ({"train": make_table([]), "validation": small}, False),
+        ({"train": make_table([(230.0, 1.0, 50)])}, False),
+    ):
+        fitted, is_better = fit_to_splits(tables, start)
+        assert is_better is expected
+        assert (fitted == start) == (len(tables["train"].rows) == 0)
+
+
+def test_crowd_regions_are_not_fitted_to():
+    table = make_table([(300.0, 1.0, 200), (40.0, 1.0, 100)], num_crowds=200)
+    assert len(boxes_of(table)[0]) == 100
+    [sizes] = fit_to_splits({"train": table}, AnchorSetting((8,), ((200.0,),), (1.0,)))[0].anchor_sizes
+    assert sizes == pytest.approx((40.0,), rel=0.05)
 
 
 def test_planted_ratios_are_recovered():

@@ -11,11 +11,13 @@ from PIL import Image
 from tiny_training import label_fields
 
 from dit_detection import DiTDetectionImageProcessor, InvalidDatasetError, cli, id2label_of, load_detection_dataset
+from dit_detection.anchor_fit import AnchorSetting, best_anchor_ious, boxes_of, coverage
 from dit_detection.card.model_card import DetectionModelCardData
 from dit_detection.commands import convert, evaluate, predict, train
 from dit_detection.commands.train_options import parse_options, read_json_option, shown_command
 from dit_detection.data import draw_shapes_dataset
-from dit_detection.small_dit import write_small_dit
+from dit_detection.data.statistics import read_table
+from dit_detection.small_dit import DETECTORS, write_small_dit
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--random_dit", "tiny", "--image_size", "48", "64", "--bf16", "False", "--disable_tqdm", "True"]
@@ -119,6 +121,23 @@ def test_a_dry_run_trains_nothing(coco_set, tmp_path, capsys):
     assert not (tmp_path / "model.safetensors").exists()
 
 
+def test_a_new_detector_has_anchors_that_fit_the_boxes(coco_set, tmp_path, monkeypatch):
+    configs = []
+    monkeypatch.setattr(train, "describe_cost", lambda model, *more: configs.append(model.config) or "")
+    job = [*TINY, "--dataset", str(coco_set), "--output_dir", str(tmp_path), "--dry_run"]
+    own = {"anchor_sizes": DETECTORS["tiny"]["anchor_sizes"]}
+    for more in ([], ["--config_overrides", json.dumps(own)]):
+        train.main([*job, *more])
+    fitted, given = configs
+    assert given.anchor_sizes == own["anchor_sizes"]
+    table = read_table("train", load_detection_dataset(str(coco_set))["train"], (48, 64))
+    covered = [
+        coverage(best_anchor_ious(*boxes_of(table), AnchorSetting.from_config(config))[0])["covered"]
+        for config in (fitted, given)
+    ]
+    assert covered[0] > covered[1]
+
+
 @pytest.mark.slow
 def test_training_from_the_cache_of_frozen_states(coco_set, tmp_path):
     arguments = ["--dataset", str(coco_set), "--num_train_epochs", "2", "--freeze_layers", "-1", "--num_views", "2"]
@@ -134,6 +153,9 @@ def test_training_on_a_stream(coco_set, tmp_path, capsys):
     arguments = ["--dataset", str(coco_set), "--streaming", "--output_dir", str(tmp_path)]
     metrics = train.main([*TINY, *arguments, "--max_steps", "2", "--per_device_train_batch_size", "2"])
     assert "test_map" in metrics and (tmp_path / "predictions.jpg").is_file()
+    # A stream is not read twice: no anchors are fitted to it.
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["anchor_sizes"] == DETECTORS["tiny"]["anchor_sizes"]
     for wrong, message in (
         (["--cache_frozen"], "--cache_frozen needs to see all"),
         (["--max_steps", "-1"], "max_steps"),

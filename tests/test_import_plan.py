@@ -34,7 +34,7 @@ ROOMS = {
     "inference": {"adapters", "data", "inference", "visualize", "weight_digest"},
     "card": {"card", "data", "metrics", "visualize"},
     "adapters": {"model"},
-    "anchor_fit": {"model"},
+    "anchor_fit": {"data", "model"},
     "export": {"model"},
     "data": {"data"},
     "metrics": set(),

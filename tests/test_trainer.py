@@ -122,6 +122,17 @@ def test_trains_keeps_the_best_and_writes_its_card(make_trainer, tmp_path):
     assert "shapes of the test" in card
 
 
+def test_a_resumed_run_keeps_the_anchors_of_its_checkpoint(tiny_model, dataset, tmp_path):
+    fields = label_fields(dataset)
+    anchors = {"anchor_sizes": [[9.0], [21.0], [47.0]], "aspect_ratios": [0.8]}
+    tiny_training.make_trainer(tiny_model(**fields, **anchors), dataset, tmp_path).train()
+    other = tiny_model(**fields, anchor_sizes=[[10.0], [20.0], [40.0]], aspect_ratios=[1.0])
+    resumed = tiny_training.make_trainer(other, dataset, tmp_path, num_train_epochs=2)
+    resumed.train(resume_from_checkpoint="last")
+    assert {name: getattr(resumed.model.config, name) for name in anchors} == anchors
+    assert other.config.strides == [8, 16, 32]
+
+
 def test_without_an_image_processor_the_error_says_what_it_is_for():
     with pytest.raises(ValueError, match="processing_class, the image processor"):
         DetectionTrainer(nn.Linear(1, 1))

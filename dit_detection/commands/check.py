@@ -10,12 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from ..anchor_fit import AnchorSetting, best_anchor_ious, coverage, fit_anchors, is_better
+from ..anchor_fit import AnchorSetting, best_anchor_ious, boxes_of, coverage, fit_to_splits
 from ..data.findings import Finding, FindingLog
 from ..data.image_scan import scan_images
 from ..data.inspection import inspect_boxes, inspect_classes, inspect_duplicates, inspect_images
@@ -175,13 +174,7 @@ def _measure_anchors(
     if args.fit_anchors is None or "train" not in tables or not len(tables["train"].rows):
         return report
     name, setting = next(iter(settings.items()))
-    boxes, sizes, _ = _countable(tables["train"])
-    fitted = fit_anchors(boxes, sizes, setting)
-    old, new = report["anchors"][name], _coverages(tables, fitted)
-    # What they were not fitted to decides, too: a few odd objects must not.
-    suggested = is_better(old["train"]["all"], new["train"]["all"])
-    if "validation" in tables:
-        suggested &= new["validation"]["all"]["covered"] >= old["validation"]["all"]["covered"]
+    fitted, suggested = fit_to_splits(tables, setting)
     overrides = read_json_option("config_overrides", args.config_overrides)
     overrides |= (fitted if suggested else setting).to_overrides()
     Path(args.fit_anchors).write_text(json.dumps(overrides, indent=1), encoding="utf-8")
@@ -196,7 +189,7 @@ def _measure_anchors(
         "instead_of": name,
         "suggested": suggested,
         "config_overrides": overrides,
-        "coverage": new,
+        "coverage": _coverages(tables, fitted),
         "file": args.fit_anchors,
         "command": shlex.join([*command, "--config_overrides", args.fit_anchors]),
     }
@@ -206,18 +199,10 @@ def _measure_anchors(
 def _coverages(tables: dict[str, SplitTable], setting: AnchorSetting) -> dict[str, dict[str, dict[str, float]]]:
     result = {}
     for split, table in tables.items():
-        boxes, sizes, size_classes = _countable(table)
-        ious, _ = best_anchor_ious(boxes, sizes, setting)
-        result[split] = {"all": coverage(ious)} | {name: coverage(ious[mask]) for name, mask in size_classes.items()}
+        ious, _ = best_anchor_ious(*boxes_of(table), setting)
+        masks = {name: mask[table.iscrowd == 0] for name, mask in table.size_classes.items()}
+        result[split] = {"all": coverage(ious)} | {name: coverage(ious[mask]) for name, mask in masks.items()}
     return result
-
-
-def _countable(table: SplitTable) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Boxes on the canvas, sizes of their images and COCO's size classes, without the crowd regions."""
-    counts = table.iscrowd == 0
-    size_classes = {name: torch.from_numpy(mask[counts]) for name, mask in table.size_classes.items()}
-    sizes = table.canvas_sizes[table.rows][counts]
-    return torch.from_numpy(table.canvas_boxes[counts]), torch.from_numpy(sizes), size_classes
 
 
 def _to_json(finding: Finding) -> dict[str, Any]:

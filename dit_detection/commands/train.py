@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, set_seed
 
 from ..adapters import add_lora, detector_of, is_adapter
+from ..anchor_fit import AnchorSetting, fit_to_splits
 from ..data import (
     DetectionAugmentation,
     DetectionDataset,
@@ -24,6 +25,7 @@ from ..data import (
     id2label_of,
     load_detection_dataset,
 )
+from ..data.statistics import read_table
 from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
 from ..model.modeling_dit_detection import DiTForObjectDetection
 from ..small_dit import DETECTORS, SMALL_DIT, write_small_dit
@@ -154,6 +156,7 @@ def _load_model(
     args: DetectionTrainingArguments,
     overrides: dict[str, Any],
 ) -> tuple[nn.Module, DiTDetectionImageProcessor]:
+    fits_anchors = overrides.keys().isdisjoint(("anchor_sizes", "aspect_ratios"))
     overrides = {"attn_implementation": model_args.attn_implementation} | overrides
     id2label = id2label_of(dataset)
     source = model_args.model
@@ -193,6 +196,8 @@ def _load_model(
         )
         height, width = model_args.image_size[0], model_args.image_size[-1]
         image_processor = DiTDetectionImageProcessor(size={"max_height": height, "max_width": width})
+        if fits_anchors and not isinstance(dataset, IterableDatasetDict):
+            _fit_anchors(model, dataset, (height, width))
     if model_args.freeze_layers is not None:
         model.freeze_backbone(None if model_args.freeze_layers < 0 else model_args.freeze_layers)
     if model_args.lora_r is not None:
@@ -205,6 +210,20 @@ def _load_model(
                     image_processor.save_pretrained(model.name_or_path)
         return add_lora(model, model_args.lora_r), image_processor
     return model, image_processor
+
+
+def _fit_anchors(model: DiTForObjectDetection, dataset: DatasetDict, canvas: tuple[int, int]) -> None:
+    """Give a new detector anchors that cover more of the annotated boxes, where there are such; as many as it has."""
+    tables = {split: read_table(split, dataset[split], canvas) for split in ("train", "validation")}
+    fitted, is_better = fit_to_splits(tables, AnchorSetting.from_config(model.config))
+    if is_better:
+        model.config.update(fitted.to_overrides())
+        logger.info(
+            "Anchors fitted to the boxes of the training images: sizes %s, ratios %s. Those that --config_overrides "
+            "gives stay as they are.",
+            model.config.anchor_sizes,
+            model.config.aspect_ratios,
+        )
 
 
 def _refuse_what_is_settled(model_args: ModelArguments, canvas: tuple[int, int]) -> None:

@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig
 class DiTDetectionConfig(PreTrainedConfig):
     r"""
     Every number a [`DiTForObjectDetection`] needs. The defaults are a DiT of XL size on pixels, cut after its deepest
-    tap, with a RetinaNet-style head on a simple feature pyramid.
+    tap, with a RetinaNet-style head on a simple feature pyramid. Which of them were measured, and against what, is in
+    `model_cards/evidence/README.md` of the library's repository.
 
     Args:
         in_channels (`int`): Channels the patch embedding reads: latent channels, or 3 for a DiT on pixels.

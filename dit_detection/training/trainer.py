@@ -1,8 +1,10 @@
 """The HF Trainer for detection: learning rates per depth, exact mAP at any batch size and process count."""
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, TrainingArguments
 from transformers.trainer_utils import BestRun, TrainOutput
+from transformers.utils import CONFIG_NAME
 
 from ..adapters import detector_of
 from ..card.detection_report import ImageDetections
@@ -175,6 +178,18 @@ class DetectionTrainer(CardTrainer, SafeTrainer):
         if kwargs.get("backend") in (None, "optuna"):
             kwargs.setdefault("catch", (NonFiniteLossError,))  # which ends a trial, but not the search
         return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, **kwargs)
+
+    def _checkpoint_to_load(self, wanted: str | bool | None) -> str | None:
+        """
+        As of [`SafeTrainer`]; the model gets the anchors of the checkpoint, whose head has learnt with those: they are
+        no weights, and `dit-detect train` fits them to images, of which there may be more now.
+        """
+        checkpoint = super()._checkpoint_to_load(wanted)
+        if checkpoint is not None and (file := Path(checkpoint, CONFIG_NAME)).is_file():
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            anchors = {name: saved[name] for name in ("anchor_sizes", "aspect_ratios") if name in saved}
+            detector_of(self.model).config.update(anchors)
+        return checkpoint
 
     def _use_frozen_cache(self, model: nn.Module) -> None:
         """Put what the frozen part of `model` makes of the given data sets in their place."""

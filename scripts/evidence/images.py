@@ -4,12 +4,12 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import torch
 from datasets import DatasetDict
 
 from dit_detection import DetectionAugmentation, DetectionDataset, DiTDetectionImageProcessor, load_detection_dataset
-from dit_detection.anchor_fit import AnchorSetting, best_anchor_ious, coverage, fit_anchors, is_better
+from dit_detection.anchor_fit import AnchorSetting, fit_to_splits
 from dit_detection.data import class_names_of
+from dit_detection.data.statistics import read_table
 
 from .settings import Settings
 
@@ -71,14 +71,6 @@ def training_images(rows: datasets.Dataset, settings: Settings, num_views: int |
 
 
 def fitted_anchors(rows: datasets.Dataset, settings: Settings, start: AnchorSetting) -> AnchorSetting:
-    """Anchors for these rows alone, or `start` if those do not cover them better: as `check --fit_anchors` does it."""
-    boxes, sizes = [], []
-    for row in rows.select_columns(["width", "height", "objects"]).with_format(None):
-        scale = min(settings.canvas[0] / row["height"], settings.canvas[1] / row["width"])
-        for x, y, width, height in row["objects"]["bbox"]:
-            boxes.append([scale * x, scale * y, scale * (x + width), scale * (y + height)])
-            sizes.append([scale * row["height"], scale * row["width"]])
-    found, image_sizes = torch.tensor(boxes).reshape(-1, 4), torch.tensor(sizes).reshape(-1, 2)
-    fitted = fit_anchors(found, image_sizes, start, settings.seed)
-    old, new = (coverage(best_anchor_ious(found, image_sizes, anchors)[0]) for anchors in (start, fitted))
-    return fitted if is_better(old, new) else start
+    """Anchors for these rows alone, or `start` if those do not cover them better: as `dit-detect train` does it."""
+    fitted, is_better = fit_to_splits({"train": read_table("train", rows, settings.canvas)}, start, settings.seed)
+    return fitted if is_better else start
