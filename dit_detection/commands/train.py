@@ -156,60 +156,79 @@ def _load_model(
     args: DetectionTrainingArguments,
     overrides: dict[str, Any],
 ) -> tuple[nn.Module, DiTDetectionImageProcessor]:
-    fits_anchors = overrides.keys().isdisjoint(("anchor_sizes", "aspect_ratios"))
-    overrides = {"attn_implementation": model_args.attn_implementation} | overrides
-    id2label = id2label_of(dataset)
+    """The detector that training begins with, frozen and with LoRA as the options say, and its image processor."""
     source = model_args.model
-    is_detector = source is not None and _is_detector(source)
-    if is_detector:
-        image_processor = DiTDetectionImageProcessor.from_pretrained(source)
-        _refuse_what_is_settled(model_args, canvas_of(image_processor))
-        label2id = {name: index for index, name in id2label.items()}
-        model = DiTForObjectDetection.from_pretrained(
-            source,
-            id2label=id2label,
-            label2id=label2id,
-            ignore_mismatched_sizes=True,
-            dtype=torch.float32,
-            **overrides,
-        )
+    if source is not None and _is_detector(source):
+        model, image_processor = _load_detector(source, model_args, dataset, overrides)
+        is_saved = model.config.to_dict() == AutoConfig.from_pretrained(source).to_dict()
     else:
-        if source is None:
-            source = str(SMALL_DIT)
-            overrides = DETECTORS[model_args.random_dit or "small"] | overrides
-        if model_args.random_dit is not None:
-            source = str(Path(args.output_dir) / "random-dit")
-            with args.main_process_first(desc="writing the random DiT"):
-                if args.process_index == 0:
-                    write_small_dit(source, model_args.random_dit, max(model_args.image_size), args.seed)
-            overrides = {"base_model": None} | overrides
-        # Weights that are trained stay in float32, whatever the file holds; autocast computes in bf16.
-        model = DiTForObjectDetection.from_diffusers(
-            source,
-            vae=None if model_args.vae == "none" else model_args.vae,
-            timestep=model_args.timestep,
-            condition=model_args.condition,
-            id2label=id2label,
-            dtype=torch.float32,
-            family=model_args.family,
-            **overrides,
-        )
-        height, width = model_args.image_size[0], model_args.image_size[-1]
-        image_processor = DiTDetectionImageProcessor(size={"max_height": height, "max_width": width})
-        if fits_anchors and not isinstance(dataset, IterableDatasetDict):
-            _fit_anchors(model, dataset, (height, width))
+        model, image_processor = _make_detector(model_args, dataset, args, overrides)
+        is_saved = False
     if model_args.freeze_layers is not None:
         model.freeze_backbone(None if model_args.freeze_layers < 0 else model_args.freeze_layers)
-    if model_args.lora_r is not None:
-        if not is_detector or model.config.to_dict() != AutoConfig.from_pretrained(source).to_dict():
-            # An adapter is worth nothing without what it was trained on.
-            model.name_or_path = str(Path(args.output_dir) / "base")
-            with args.main_process_first(desc="writing the base of the adapter"):
-                if args.process_index == 0:
-                    model.save_pretrained(model.name_or_path)
-                    image_processor.save_pretrained(model.name_or_path)
-        return add_lora(model, model_args.lora_r), image_processor
+    if model_args.lora_r is None:
+        return model, image_processor
+    if not is_saved:
+        # An adapter is worth nothing without what it was trained on.
+        model.name_or_path = str(Path(args.output_dir) / "base")
+        with args.main_process_first(desc="writing the base of the adapter"):
+            if args.process_index == 0:
+                model.save_pretrained(model.name_or_path)
+                image_processor.save_pretrained(model.name_or_path)
+    return add_lora(model, model_args.lora_r), image_processor
+
+
+def _load_detector(
+    source: str, model_args: ModelArguments, dataset: DatasetDict | IterableDatasetDict, overrides: dict[str, Any]
+) -> tuple[DiTForObjectDetection, DiTDetectionImageProcessor]:
+    """A detector to go on from; for other classes its class layer starts afresh."""
+    image_processor = DiTDetectionImageProcessor.from_pretrained(source)
+    _refuse_what_is_settled(model_args, canvas_of(image_processor))
+    id2label = id2label_of(dataset)
+    fields = {
+        "attn_implementation": model_args.attn_implementation,
+        "id2label": id2label,
+        "label2id": {name: index for index, name in id2label.items()},
+    }
+    model = DiTForObjectDetection.from_pretrained(
+        source, ignore_mismatched_sizes=True, dtype=torch.float32, **(fields | overrides)
+    )
     return model, image_processor
+
+
+def _make_detector(
+    model_args: ModelArguments,
+    dataset: DatasetDict | IterableDatasetDict,
+    args: DetectionTrainingArguments,
+    overrides: dict[str, Any],
+) -> tuple[DiTForObjectDetection, DiTDetectionImageProcessor]:
+    """A new detector on a pretrained DiT, or on a random one."""
+    fits_anchors = overrides.keys().isdisjoint(("anchor_sizes", "aspect_ratios"))
+    source = model_args.model
+    if source is None:
+        source = str(SMALL_DIT)
+        overrides = DETECTORS[model_args.random_dit or "small"] | overrides
+    if model_args.random_dit is not None:
+        source = str(Path(args.output_dir) / "random-dit")
+        with args.main_process_first(desc="writing the random DiT"):
+            if args.process_index == 0:
+                write_small_dit(source, model_args.random_dit, max(model_args.image_size), args.seed)
+        overrides = {"base_model": None} | overrides
+    # Weights that are trained stay in float32, whatever the file holds; autocast computes in bf16.
+    model = DiTForObjectDetection.from_diffusers(
+        source,
+        vae=None if model_args.vae == "none" else model_args.vae,
+        timestep=model_args.timestep,
+        condition=model_args.condition,
+        id2label=id2label_of(dataset),
+        dtype=torch.float32,
+        family=model_args.family,
+        **({"attn_implementation": model_args.attn_implementation} | overrides),
+    )
+    height, width = model_args.image_size[0], model_args.image_size[-1]
+    if fits_anchors and not isinstance(dataset, IterableDatasetDict):
+        _fit_anchors(model, dataset, (height, width))
+    return model, DiTDetectionImageProcessor(size={"max_height": height, "max_width": width})
 
 
 def _fit_anchors(model: DiTForObjectDetection, dataset: DatasetDict, canvas: tuple[int, int]) -> None:
