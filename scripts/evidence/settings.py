@@ -59,7 +59,7 @@ ARMS = {
         model={"frozen_share": 1.0, "num_views": 8},
     ),
     "tuned": Arm("(c) pretrained, upper half tuned", pretrained="general", **_TUNED),
-    "own": Arm("(d) as (c), pretrained on the target's own images", pretrained="own", **_TUNED),
+    "own": Arm("(d) as (c), pretraining continued on the own images", pretrained="own", **_TUNED),
     "retinanet": Arm(
         "(e) RetinaNet, ResNet-50 FPN, random init",
         is_baseline=True,
