@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers.pipelines import pipeline_utils
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -22,6 +23,7 @@ from dit_detection.pretraining.image_sources import list_training_images
 from dit_detection.pretraining.image_views import CentreCrops, DecodedImages, FixedNoise, NoisedViews, RandomCrops
 from dit_detection.pretraining.latent_cache import cache_latents
 from dit_detection.pretraining.new_dit import new_dit, new_scheduler
+from dit_detection.pretraining.pipeline_folder import save_pipeline
 from dit_detection.pretraining.run_cost import measure_step, step_cost
 from dit_detection.pretraining.sampling import sample_images
 
@@ -55,6 +57,14 @@ def test_pretrain_leaves_a_pipeline_of_diffusers(pretrained):
     assert pipeline.scheduler.config.prediction_type == "sample"
     index = json.loads((folder / "model_index.json").read_text())
     assert index["_class_name"] == "DiTPipeline" and index["transformer"] == ["diffusers", "DiTTransformer2DModel"]
+
+
+def test_a_pipeline_without_an_autoencoder_is_saved_without_a_warning(pretrained, tmp_path, monkeypatch):
+    pipeline, said = DiTPipeline.from_pretrained(pretrained[0], vae=None), []
+    monkeypatch.setattr(pipeline_utils.logger, "warning", said.append)
+    save_pipeline(tmp_path, pipeline.transformer, pipeline.scheduler, None)
+    assert said == []
+    assert json.loads((tmp_path / "model_index.json").read_text())["vae"] == [None, None]
 
 
 def test_the_detector_takes_what_pretrain_leaves(pretrained):

@@ -32,7 +32,10 @@ def load_pipeline(source: str, vae: str | None = "auto") -> tuple[DiTTransformer
 
 def save_pipeline(folder: str | os.PathLike, transformer: DiTTransformer2DModel, scheduler: Any, vae: Any) -> None:
     """Write a folder that `DiTPipeline.from_pretrained` reads (without an autoencoder: with `vae=None`)."""
-    DiTPipeline(transformer, vae, scheduler).save_pretrained(os.fspath(folder))
+    pipeline = DiTPipeline(transformer, vae, scheduler)
+    if vae is None:
+        pipeline._optional_components = ["vae"]  # or diffusers warns that None cannot be saved
+    pipeline.save_pretrained(os.fspath(folder))
 
 
 def _load_scheduler(source: str) -> Any:
