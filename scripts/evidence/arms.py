@@ -17,6 +17,7 @@ from dit_detection.small_dit import DETECTORS, SIZES, write_small_dit
 from .images import fitted_anchors, make_processor, training_images
 from .machine import Machine, Spent, Stopwatch
 from .settings import Settings
+from .task_aligned import TaskAlignedLoss
 
 
 def size_of(pretrained: Path) -> str:
@@ -89,6 +90,9 @@ def build_detector(
         **config,
     )
     _set_tap_norms(model, options.get("tap_norm", "adaln"))
+    if "task_aligned" in options:
+        loss = TaskAlignedLoss(model.config, model.detection_loss.matcher, **options["task_aligned"])
+        model.detection_loss = loss
     if share := options.get("frozen_share", 0.0):
         model.freeze_backbone(round(share * model.config.num_hidden_layers))
     return model

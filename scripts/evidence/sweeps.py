@@ -83,7 +83,15 @@ SWEEPS = {
         "random", {f"rate {rate:g}": {"training": {"learning_rate": rate}} for rate in (1e-3, 5e-4, 2e-3)}
     ),
     "timestep": Sweep("tuned", {"50": {}, **{f"{t}": {"model": {"timestep": t}} for t in (0, 10, 100)}}),
-    "matcher": Sweep("tuned", {"atss": {}, "max_iou": _config(matcher="max_iou")}),
+    "matcher": Sweep(
+        "tuned",
+        {
+            "atss": {},
+            "max_iou": _config(matcher="max_iou"),
+            "task-aligned": {"model": {"task_aligned": {}}},
+            "task-aligned after 66 steps of atss": {"model": {"task_aligned": {"num_other_steps": 66}}},
+        },
+    ),
     "class_loss": Sweep("tuned", {"focal": {}, "cross_entropy": _config(class_loss="cross_entropy")}),
     "box_loss": Sweep(
         "tuned",
