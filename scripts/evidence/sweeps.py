@@ -82,6 +82,10 @@ SWEEPS = {
     "random": Sweep(
         "random", {f"rate {rate:g}": {"training": {"learning_rate": rate}} for rate in (1e-3, 5e-4, 2e-3)}
     ),
+    "neck": Sweep(
+        "tuned",
+        {"pyramid": {}, "none": _config(neck_channels=None, strides=[16], anchor_sizes=[[24.0, 56.0, 112.0]])},
+    ),
     "timestep": Sweep("tuned", {"50": {}, **{f"{t}": {"model": {"timestep": t}} for t in (0, 10, 100)}}),
     "matcher": Sweep(
         "tuned",
