@@ -87,7 +87,7 @@ def coverage(ious: Tensor) -> dict[str, float]:
 
 def fit_anchors(boxes: Tensor, image_sizes: Tensor, setting: AnchorSetting, seed: int = 0) -> AnchorSetting:
     """
-    Find sizes and ratios that cover the boxes best, as many as a setting has and on its strides.
+    Find sizes and ratios that cover the boxes better, as many as a setting has and on its strides.
 
     k-means with 1 - IoU as distance, as YOLOv2 does it (arXiv 1612.08242), with two differences. The means are those
     of our configuration: sizes per level, and ratios that all levels share. And the IoU is the one with the real

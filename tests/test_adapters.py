@@ -16,6 +16,7 @@ from dit_detection import (
     load_detector,
 )
 from dit_detection.adapters import detector_of, is_adapter
+from dit_detection.anchor_fit import AnchorSetting
 from dit_detection.data import draw_shapes_dataset
 from dit_detection.training.frozen_dataset import FrozenDataset
 from dit_detection.training.trainer import parameter_groups
@@ -282,7 +283,7 @@ def test_the_detector_inside(tiny_model):
     assert detector_of(add_lora(model, 1)) is model
 
 
-def test_the_commands(tiny_model, pixels, tmp_path):
+def test_the_commands(pixels, tmp_path, monkeypatch):
     from dit_detection.commands import convert, evaluate, train
 
     job = ["--output_dir", str(tmp_path / "out"), "--image_size", "64", "--num_train_epochs", "1", "--lora_r", "2"]
@@ -301,6 +302,13 @@ def test_the_commands(tiny_model, pixels, tmp_path):
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(out / "base")
     assert not (out / "config.json").exists()
+    # A resumed run keeps its base, whatever anchors a new one would get.
+    other = AnchorSetting((8, 16, 32), ((9.0,), (21.0,), (47.0,)), (1.0,))
+    monkeypatch.setattr(train, "fit_to_splits", lambda *args: (other, True))
+    made = (out / "base" / "config.json").read_bytes()
+    resumed = ["--num_train_epochs", "2", "--resume_from_checkpoint", "last"]
+    metrics = train.main([*job, "--random_dit", "tiny", *resumed])
+    assert (out / "base" / "config.json").read_bytes() == made
     convert.main([str(out), str(tmp_path / "merged")])
     with torch.no_grad():
         expected = load_detector(out)(pixels).logits

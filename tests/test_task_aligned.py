@@ -28,8 +28,7 @@ def random_case(seed, num_objects):
     return logits, deltas.requires_grad_(), anchors, valid, targets
 
 
-def aligned_by_the_paper(loss, scores, boxes, anchors, valid, targets):
-    """One pair of an object and an anchor after the other."""
+def aligned_one_by_one(loss, scores, boxes, anchors, valid, targets):
     num_images, num_anchors = valid.shape
     matched, quality = -torch.ones(num_images, num_anchors).long(), torch.zeros(num_images, num_anchors)
     for image in range(num_images):
@@ -57,13 +56,13 @@ def aligned_by_the_paper(loss, scores, boxes, anchors, valid, targets):
 
 
 @pytest.mark.parametrize("seed,num_objects", [(0, 1), (1, 8), (2, 30)])
-def test_task_aligned_matching_and_loss_are_those_of_the_paper(tiny_model, seed, num_objects):
+def test_task_aligned_matching_and_loss_are_those_of_single_pairs(tiny_model, seed, num_objects):
     logits, deltas, anchors, valid, targets = random_case(seed, num_objects)
     model = tiny_model(num_labels=3)
     loss = TaskAlignedLoss(model.config, model.detection_loss.matcher, top_k=4, beta=2.0)
     boxes, scores = loss.box_coder.decode(deltas, anchors).detach(), logits.detach().sigmoid()
     matched, quality = loss.align(logits.detach(), boxes, anchors, valid, targets)
-    expected = aligned_by_the_paper(loss, scores, boxes, anchors, valid, targets)
+    expected = aligned_one_by_one(loss, scores, boxes, anchors, valid, targets)
     assert torch.equal(matched, expected[0])
     torch.testing.assert_close(quality, expected[1])
     assert (matched >= 0).any()

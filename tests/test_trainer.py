@@ -122,15 +122,22 @@ def test_trains_keeps_the_best_and_writes_its_card(make_trainer, tmp_path):
     assert "shapes of the test" in card
 
 
-def test_a_resumed_run_keeps_the_anchors_of_its_checkpoint(tiny_model, dataset, tmp_path):
+def test_a_resumed_run_keeps_the_anchors_of_its_checkpoint(tiny_model, dataset, tmp_path, caplog):
     fields = label_fields(dataset)
     anchors = {"anchor_sizes": [[9.0], [21.0], [47.0]], "aspect_ratios": [0.8]}
     tiny_training.make_trainer(tiny_model(**fields, **anchors), dataset, tmp_path).train()
-    other = tiny_model(**fields, anchor_sizes=[[10.0], [20.0], [40.0]], aspect_ratios=[1.0])
+    others = {"anchor_sizes": [[10.0], [20.0], [40.0]], "aspect_ratios": [1.0]}
+    other = tiny_model(**fields, **others)
     resumed = tiny_training.make_trainer(other, dataset, tmp_path, num_train_epochs=2)
     resumed.train(resume_from_checkpoint="last")
     assert {name: getattr(resumed.model.config, name) for name in anchors} == anchors
     assert other.config.strides == [8, 16, 32]
+    assert "Training goes on with the anchors of" in caplog.text
+    made = {"model_init": lambda: tiny_model(**fields, **others)}
+    resumed = tiny_training.make_trainer(None, dataset, tmp_path, made, num_train_epochs=3)
+    assert resumed.model.config.anchor_sizes != anchors["anchor_sizes"]
+    resumed.train(resume_from_checkpoint="last")
+    assert {name: getattr(resumed.model.config, name) for name in anchors} == anchors
 
 
 def test_without_an_image_processor_the_error_says_what_it_is_for():

@@ -100,7 +100,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
 def _read_settings(args: argparse.Namespace) -> tuple[dict[str, AnchorSetting], tuple[int, int]]:
     """
-    The anchors and the canvas that training with these options would have.
+    The canvas of a training with these options, and the anchors that it begins with; those of a new detector it fits.
 
     Without an option that chooses anchors, every default of the library: that of training without a model comes first.
     """

@@ -113,7 +113,10 @@ def _print_anchors(report: Mapping[str, Any]) -> None:
         old = report["anchors"][fitted["instead_of"]]["train"]["all"]["covered"]
         new = fitted["coverage"]["train"]["all"]["covered"]
         if fitted["suggested"]:
-            print(f"The fitted anchors cover {new:.1%} of the training objects instead of {old:.1%}. Train with them:")
+            print(
+                f"The fitted anchors cover {new:.1%} of the training objects instead of {old:.1%}. `dit-detect train` "
+                "fits those of a new detector by itself; for a stream, or a detector that is there already:"
+            )
             print(f"  {fitted['command']}")
         else:
             print(

@@ -29,6 +29,7 @@ from ..data.statistics import read_table
 from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
 from ..model.modeling_dit_detection import DiTForObjectDetection
 from ..small_dit import DETECTORS, SMALL_DIT, write_small_dit
+from ..training.checkpoint_files import checkpoints_of
 from ..training.frozen_cache import canvas_of
 from ..training.trainer import DetectionTrainer, DetectionTrainingArguments
 from .dry_run import describe_cost
@@ -158,9 +159,12 @@ def _load_model(
 ) -> tuple[nn.Module, DiTDetectionImageProcessor]:
     """The detector that training begins with, frozen and with LoRA as the options say, and its image processor."""
     source = model_args.model
-    if source is not None and _is_detector(source):
-        model, image_processor = _load_detector(source, model_args, dataset, overrides)
-        is_saved = model.config.to_dict() == AutoConfig.from_pretrained(source).to_dict()
+    base = None if model_args.lora_r is None else _base_to_resume(args)
+    if base is not None or (source is not None and _is_detector(source)):
+        model, image_processor = _load_detector(base or str(source), model_args, dataset, overrides)
+        if base is None:
+            _refuse_what_is_settled(model_args, canvas_of(image_processor))
+        is_saved = model.config.to_dict() == AutoConfig.from_pretrained(base or source).to_dict()
     else:
         model, image_processor = _make_detector(model_args, dataset, args, overrides)
         is_saved = False
@@ -178,12 +182,24 @@ def _load_model(
     return add_lora(model, model_args.lora_r), image_processor
 
 
+def _base_to_resume(args: DetectionTrainingArguments) -> str | None:
+    """
+    The base of the adapter that training goes on with, if it does. Made anew it could be another one: there may be
+    more images now, to which its anchors would be fitted.
+    """
+    wanted = args.resume_from_checkpoint
+    if not wanted:
+        return None
+    run_dir = Path(args.output_dir) if wanted is True or wanted == "last" else Path(wanted).parent
+    base = run_dir / "base"
+    return str(base) if base.is_dir() and checkpoints_of(run_dir) else None
+
+
 def _load_detector(
     source: str, model_args: ModelArguments, dataset: DatasetDict | IterableDatasetDict, overrides: dict[str, Any]
 ) -> tuple[DiTForObjectDetection, DiTDetectionImageProcessor]:
     """A detector to go on from; for other classes its class layer starts afresh."""
     image_processor = DiTDetectionImageProcessor.from_pretrained(source)
-    _refuse_what_is_settled(model_args, canvas_of(image_processor))
     id2label = id2label_of(dataset)
     fields = {
         "attn_implementation": model_args.attn_implementation,
@@ -226,7 +242,9 @@ def _make_detector(
         **({"attn_implementation": model_args.attn_implementation} | overrides),
     )
     height, width = model_args.image_size[0], model_args.image_size[-1]
-    if fits_anchors and not isinstance(dataset, IterableDatasetDict):
+    if isinstance(dataset, IterableDatasetDict):
+        logger.info("Anchors are not fitted to a stream: --config_overrides takes others, of dit-detect check.")
+    elif fits_anchors:
         _fit_anchors(model, dataset, (height, width))
     return model, DiTDetectionImageProcessor(size={"max_height": height, "max_width": width})
 
@@ -243,6 +261,8 @@ def _fit_anchors(model: DiTForObjectDetection, dataset: DatasetDict, canvas: tup
             model.config.anchor_sizes,
             model.config.aspect_ratios,
         )
+    else:
+        logger.info("Anchors stay as they are: others would not cover more of the boxes.")
 
 
 def _refuse_what_is_settled(model_args: ModelArguments, canvas: tuple[int, int]) -> None:

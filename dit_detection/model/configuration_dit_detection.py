@@ -47,7 +47,8 @@ class DiTDetectionConfig(PreTrainedConfig):
         focal_alpha, focal_gamma (`float`): Balance and focus of the focal loss.
         class_weights (`list[float]`, *optional*): One factor per class on the class loss, against imbalance.
         box_loss (`str`): `"giou"` on boxes, or `"smooth_l1"` on deltas.
-        smooth_l1_beta (`float`): Where smooth L1 turns from quadratic to linear; 0 is L1, RetinaNet's.
+        smooth_l1_beta (`float`): Where smooth L1 turns from quadratic to linear; 0 is L1, which
+            torchvision's RetinaNet takes.
         class_loss_weight, box_loss_weight (`float`): Their weights in the total.
         prior_probability (`float`): Score every class starts from, so that the many background anchors do not drown
             the first steps (RetinaNet, arXiv 1708.02002, section 4.1).

@@ -1,6 +1,7 @@
 """The HF Trainer for detection: learning rates per depth, exact mAP at any batch size and process count."""
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from .frozen_dataset import FrozenDataset
 from .global_batch import match_global_batch
 from .hp_search import eval_map, hp_space
 from .safe_trainer import NonFiniteLossError, SafeTrainer
+
+logger = logging.getLogger(__name__)
 
 # Fills what is ragged up to a rectangle; the value that Trainer itself pads with across batches and processes.
 PADDING = -100
@@ -135,6 +138,7 @@ class DetectionTrainer(CardTrainer, SafeTrainer):
         args = DetectionTrainingArguments() if args is None else args
         if not isinstance(args, DetectionTrainingArguments):
             raise TypeError(f"DetectionTrainer needs args of DetectionTrainingArguments, not {type(args).__name__}.")
+        self._resumed_anchors: dict[str, Any] = {}
         kwargs.setdefault("data_collator", collate_detection)
         kwargs.setdefault("compute_metrics", self._compute_coco_metrics)
         super().__init__(model, args, processing_class=processing_class, **kwargs)
@@ -162,6 +166,7 @@ class DetectionTrainer(CardTrainer, SafeTrainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As `Trainer.call_model_init`; with `args.cache_frozen` the frozen part is that of the model of the trial."""
         model = super().call_model_init(trial)
+        detector_of(model).config.update(self._resumed_anchors)
         if self.args.cache_frozen and getattr(self, "is_in_train", False):  # not for the model of `__init__`
             self._use_frozen_cache(model)
         return model
@@ -185,10 +190,19 @@ class DetectionTrainer(CardTrainer, SafeTrainer):
         no weights, and `dit-detect train` fits them to images, of which there may be more now.
         """
         checkpoint = super()._checkpoint_to_load(wanted)
+        self._resumed_anchors = {}
         if checkpoint is not None and (file := Path(checkpoint, CONFIG_NAME)).is_file():
             saved = json.loads(file.read_text(encoding="utf-8"))
-            anchors = {name: saved[name] for name in ("anchor_sizes", "aspect_ratios") if name in saved}
-            detector_of(self.model).config.update(anchors)
+            self._resumed_anchors = {name: saved[name] for name in ("anchor_sizes", "aspect_ratios") if name in saved}
+            config = detector_of(self.model).config
+            if any(getattr(config, name) != value for name, value in self._resumed_anchors.items()):
+                logger.warning(
+                    "Training goes on with the anchors of %s, %s, with which its head has learnt. For others begin "
+                    "anew, in another output_dir.",
+                    checkpoint,
+                    self._resumed_anchors,
+                )
+                config.update(self._resumed_anchors)
         return checkpoint
 
     def _use_frozen_cache(self, model: nn.Module) -> None:

@@ -71,6 +71,9 @@ def training_images(rows: datasets.Dataset, settings: Settings, num_views: int |
 
 
 def fitted_anchors(rows: datasets.Dataset, settings: Settings, start: AnchorSetting) -> AnchorSetting:
-    """Anchors for these rows alone, or `start` if those do not cover them better: as `dit-detect train` does it."""
+    """
+    Anchors for these rows alone, or `start` if those do not cover them better. As `dit-detect train` does it, which
+    also wants them to cover no fewer of the validation images.
+    """
     fitted, is_better = fit_to_splits({"train": read_table("train", rows, settings.canvas)}, start, settings.seed)
     return fitted if is_better else start

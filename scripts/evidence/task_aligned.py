@@ -19,8 +19,8 @@ class TaskAlignedLoss(DetectionLoss):
     """
     Objects take the anchors whose prediction is best in class and place at once; the score is to say how good.
 
-    It does not count before the forward pass what it will match, as `Trainer` does for ours to divide the losses of a
-    step by: right in one process without gradient accumulation, as here.
+    For one process without gradient accumulation: `Trainer` divides by the matched anchors that it has counted for
+    ours, and this takes that back. Crowd regions are background.
 
     Args:
         config ([`DiTDetectionConfig`]), matcher ([`AnchorMatcher`]): Of the loss whose place it takes.
@@ -29,7 +29,7 @@ class TaskAlignedLoss(DetectionLoss):
         alpha, beta (`float`): Exponents of score and IoU.
         box_loss_weight (`float`): Of GIoU.
 
-    Source: TOOD (arXiv 2108.07755), section 3.3.
+    Source: TOOD (arXiv 2108.07755), on the head as it is. Candidates are the anchors with their centre in the object.
     """
 
     def __init__(
@@ -73,7 +73,9 @@ class TaskAlignedLoss(DetectionLoss):
         objects = torch.where(matched[:, :, None] >= 0, objects, boxes.detach())
         overlap_losses = generalized_box_iou_loss(boxes, objects, reduction="none") * quality
         # The caller divides by this number: what remains is a division by the sum of qualities.
-        num_matched = (targets["matched_idxs"] >= 0).sum(dim=1)
+        counted = targets.get("matched_idxs")
+        counted = self.match(anchors, level_sizes, valid, targets) if counted is None else counted
+        num_matched = (counted >= 0).sum(dim=1)
         factor = num_matched.sum().clamp(min=1) / quality.sum().clamp(min=1)
         return ImageLosses(
             loss_class=losses.sum(dim=(1, 2)) * factor,
