@@ -24,7 +24,7 @@ from .measure import Pair, Row, Settings, count_parameters
 PIXELS, NUM_LABELS = 640, 80
 # 76,725 and 14,400 anchors.
 LEVELS = {"5 levels": [8, 16, 32, 64, 128], "1 level": [16]}
-# The first is what RetinaNet does.
+# The first is what torchvision's RetinaNet does.
 LOSSES: dict[str, dict[str, Any]] = {
     "max-IoU, focal, L1": {"matcher": "max_iou", "box_loss": "smooth_l1", "smooth_l1_beta": 0.0},
     "ATSS, focal, GIoU": {"matcher": "atss", "box_loss": "giou"},
