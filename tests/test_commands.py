@@ -165,6 +165,12 @@ def test_training_on_a_stream(coco_set, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_classes_are_those_of_the_data(coco_set, tmp_path):
+    job = [*TINY, "--dataset", str(coco_set), "--output_dir", str(tmp_path), "--dry_run"]
+    with pytest.raises(ValueError, match="gives id2label, num_labels: the classes are those of --dataset"):
+        train.main([*job, "--config_overrides", '{"num_labels": 3, "id2label": {"0": "cell"}}'])
+
+
 @pytest.mark.parametrize(("option", "value"), [("config_overrides", "nothing.json"), ("augmentation", "[1]")])
 def test_options_in_json_say_what_is_wrong(option, value):
     with pytest.raises(ValueError, match=f"--{option} "):

@@ -58,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         transformers.logging.set_verbosity_error()
     set_seed(args.seed)
     overrides = read_json_option("config_overrides", model_args.config_overrides)
+    if classes := sorted(overrides.keys() & {"id2label", "label2id", "num_labels"}):
+        raise ValueError(
+            f"--config_overrides gives {', '.join(classes)}: the classes are those of --dataset. Leave it out."
+        )
     augmentation = None
     if data_args.augmentation != "none":
         augmentation = DetectionAugmentation(**read_json_option("augmentation", data_args.augmentation))
