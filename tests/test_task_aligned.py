@@ -7,14 +7,14 @@ from torchvision.ops import box_iou, generalized_box_iou
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from scripts.evidence.task_aligned import TaskAlignedLoss
+from scripts.evidence.task_aligned import ALPHA, BETA, TOP_K, TaskAlignedLoss
 
 
 def random_case(seed, num_objects):
     """Logits, deltas, anchors, which are valid, and targets of two images; the last row of each is filling."""
     generator = torch.Generator().manual_seed(seed)
     corners = 100 * torch.rand(2, num_objects + 1, 2, generator=generator)
-    boxes = torch.cat([corners, corners + 10 + 60 * torch.rand(2, num_objects + 1, 2, generator=generator)], dim=2)
+    boxes = torch.cat([corners, corners + 10 + 90 * torch.rand(2, num_objects + 1, 2, generator=generator)], dim=2)
     labels = torch.randint(0, 3, (2, num_objects + 1), generator=generator)
     labels[:, -1] = -1
     iscrowd = torch.zeros_like(labels, dtype=torch.bool)
@@ -28,7 +28,7 @@ def random_case(seed, num_objects):
     return logits, deltas.requires_grad_(), anchors, valid, targets
 
 
-def aligned_one_by_one(loss, scores, boxes, anchors, valid, targets):
+def aligned_one_by_one(scores, boxes, anchors, valid, targets):
     num_images, num_anchors = valid.shape
     matched, quality = -torch.ones(num_images, num_anchors).long(), torch.zeros(num_images, num_anchors)
     for image in range(num_images):
@@ -42,8 +42,8 @@ def aligned_one_by_one(loss, scores, boxes, anchors, valid, targets):
                 x, y = ((anchors[anchor, :2] + anchors[anchor, 2:]) / 2).tolist()
                 if valid[image, anchor] and left < x < right and top < y < bottom:
                     iou = box_iou(targets["boxes"][image, row, None], boxes[image, anchor, None]).item()
-                    metrics[anchor] = (scores[image, anchor, label].item() ** loss.alpha * iou**loss.beta, iou)
-            best = sorted(metrics, key=lambda anchor: -metrics[anchor][0])[: loss.top_k]
+                    metrics[anchor] = (scores[image, anchor, label].item() ** ALPHA * iou**BETA, iou)
+            best = sorted(metrics, key=lambda anchor: -metrics[anchor][0])[:TOP_K]
             for anchor in best:
                 if metrics[anchor][0] > 0 and (anchor not in chosen or chosen[anchor][2] < metrics[anchor][1]):
                     chosen[anchor] = (row, *metrics[anchor])
@@ -59,10 +59,10 @@ def aligned_one_by_one(loss, scores, boxes, anchors, valid, targets):
 def test_task_aligned_matching_and_loss_are_those_of_single_pairs(tiny_model, seed, num_objects):
     logits, deltas, anchors, valid, targets = random_case(seed, num_objects)
     model = tiny_model(num_labels=3)
-    loss = TaskAlignedLoss(model.config, model.detection_loss.matcher, top_k=4, beta=2.0)
+    loss = TaskAlignedLoss(model.config, model.detection_loss.matcher)
     boxes, scores = loss.box_coder.decode(deltas, anchors).detach(), logits.detach().sigmoid()
     matched, quality = loss.align(logits.detach(), boxes, anchors, valid, targets)
-    expected = aligned_one_by_one(loss, scores, boxes, anchors, valid, targets)
+    expected = aligned_one_by_one(scores, boxes, anchors, valid, targets)
     assert torch.equal(matched, expected[0])
     torch.testing.assert_close(quality, expected[1])
     assert (matched >= 0).any()

@@ -163,12 +163,13 @@ def _load_model(
 ) -> tuple[nn.Module, DiTDetectionImageProcessor]:
     """The detector that training begins with, frozen and with LoRA as the options say, and its image processor."""
     source = model_args.model
-    base = None if model_args.lora_r is None else _base_to_resume(args)
-    if base is not None or (source is not None and _is_detector(source)):
-        model, image_processor = _load_detector(base or str(source), model_args, dataset, overrides)
-        if base is None:
-            _refuse_what_is_settled(model_args, canvas_of(image_processor))
-        is_saved = model.config.to_dict() == AutoConfig.from_pretrained(base or source).to_dict()
+    detector = None if model_args.lora_r is None else _base_to_resume(args)
+    if detector is None and source is not None and _is_detector(source):
+        _refuse_what_is_settled(model_args, canvas_of(DiTDetectionImageProcessor.from_pretrained(source)))
+        detector = source
+    if detector is not None:
+        model, image_processor = _load_detector(detector, model_args, dataset, overrides)
+        is_saved = model.config.to_dict() == AutoConfig.from_pretrained(detector).to_dict()
     else:
         model, image_processor = _make_detector(model_args, dataset, args, overrides)
         is_saved = False
@@ -246,7 +247,7 @@ def _make_detector(
         **({"attn_implementation": model_args.attn_implementation} | overrides),
     )
     height, width = model_args.image_size[0], model_args.image_size[-1]
-    if isinstance(dataset, IterableDatasetDict):
+    if fits_anchors and isinstance(dataset, IterableDatasetDict):
         logger.info("Anchors are not fitted to a stream: --config_overrides takes others, of dit-detect check.")
     elif fits_anchors:
         _fit_anchors(model, dataset, (height, width))

@@ -14,6 +14,11 @@ from dit_detection.model.configuration_dit_detection import DiTDetectionConfig
 from dit_detection.model.losses import DetectionLoss, ImageLosses
 from dit_detection.model.matcher import AnchorMatcher
 
+# As published: anchors of an object, exponents of score and IoU, weight of GIoU.
+TOP_K = 13
+ALPHA, BETA = 1.0, 6.0
+BOX_LOSS_WEIGHT = 2.0
+
 
 class TaskAlignedLoss(DetectionLoss):
     """
@@ -25,27 +30,13 @@ class TaskAlignedLoss(DetectionLoss):
     Args:
         config ([`DiTDetectionConfig`]), matcher ([`AnchorMatcher`]): Of the loss whose place it takes.
         num_other_steps (`int`): First steps with that loss, as predictions say nothing yet.
-        top_k (`int`): Anchors of an object.
-        alpha, beta (`float`): Exponents of score and IoU.
-        box_loss_weight (`float`): Of GIoU.
 
     Source: TOOD (arXiv 2108.07755), on the head as it is. Candidates are the anchors with their centre in the object.
     """
 
-    def __init__(
-        self,
-        config: DiTDetectionConfig,
-        matcher: AnchorMatcher,
-        num_other_steps: int = 0,
-        top_k: int = 13,
-        alpha: float = 1.0,
-        beta: float = 6.0,
-        box_loss_weight: float = 2.0,
-    ) -> None:
+    def __init__(self, config: DiTDetectionConfig, matcher: AnchorMatcher, num_other_steps: int = 0) -> None:
         super().__init__(config, matcher)
         self.num_other_steps = num_other_steps
-        self.top_k, self.alpha, self.beta = top_k, alpha, beta
-        self.box_loss_weight = box_loss_weight
 
     def __call__(
         self,
@@ -79,7 +70,7 @@ class TaskAlignedLoss(DetectionLoss):
         factor = num_matched.sum().clamp(min=1) / quality.sum().clamp(min=1)
         return ImageLosses(
             loss_class=losses.sum(dim=(1, 2)) * factor,
-            loss_bbox=self.box_loss_weight * overlap_losses.sum(dim=1) * factor,
+            loss_bbox=BOX_LOSS_WEIGHT * overlap_losses.sum(dim=1) * factor,
             num_matched=num_matched,
         )
 
@@ -110,10 +101,10 @@ class TaskAlignedLoss(DetectionLoss):
                 continue
             objects, labels = targets["boxes"][image, rows], targets["class_labels"][image, rows]
             iou = broadcast_iou(objects[:, None], boxes[image])  # (M, A)
-            metric = logits[image].sigmoid().T[labels] ** self.alpha * iou**self.beta
+            metric = logits[image].sigmoid().T[labels] ** ALPHA * iou**BETA
             inside = ((centers > objects[:, None, :2]) & (centers < objects[:, None, 2:])).all(dim=2)
             metric = metric * inside * valid[image]
-            best = metric.topk(min(self.top_k, metric.shape[1]), dim=1)
+            best = metric.topk(min(TOP_K, metric.shape[1]), dim=1)
             is_chosen = torch.zeros_like(inside).scatter_(1, best.indices, best.values > 0)
             # An anchor that several objects choose goes to the one that its box overlaps most.
             winner = (iou + 1).mul(is_chosen).argmax(dim=0)  # (A,)
