@@ -27,7 +27,7 @@ from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
 from ..small_dit import DETECTORS
 from ..training.frozen_cache import canvas_of
 from .check_report import draw_findings, print_report
-from .shared_options import add_data_options, data_arguments, refuse_output
+from .shared_options import DATA_OPTIONS, add_data_options, data_arguments, refuse_output
 from .train_options import read_json_option
 
 
@@ -181,7 +181,7 @@ def _measure_anchors(
     command = ["dit-detect", "train", "--dataset", args.dataset]
     # They fit the canvas they were fitted on, and the images.
     defaults = _make_parser()
-    for option in (*data_arguments(args), "on_invalid", "model", "random_dit", "image_size"):
+    for option in (*DATA_OPTIONS, "on_invalid", "model", "random_dit", "image_size"):
         value = getattr(args, option)
         if value != defaults.get_default(option):
             command += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]

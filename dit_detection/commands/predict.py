@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--no_pictures", action="store_true", help="draw none")
     parser.add_argument("--overwrite", action="store_true", help="throw away what is in --output_dir and start afresh")
     group = parser.add_argument_group("of a data set")
+    group.add_argument("--dataset_config_name", help="needed if it has several configurations")
     group.add_argument("--split", help="needed if there are several")
     group.add_argument("--revision", help="commit, branch or tag on the Hub")
     group.add_argument("--streaming", action="store_true", help="read it as it passes, without a copy on this disk")
@@ -77,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             # Without pictures it does not matter whether an earlier run drew some.
             more = {} if pictures is None else {"pictures": True}
             if isinstance(images, IterableDataset):
-                more |= {"source": args.images, "split": args.split, "revision": args.revision}
+                names = ("dataset_config_name", "split", "revision")
+                more |= {"source": args.images} | {name: getattr(args, name) for name in names}
             if args.overwrite:  # now that all there is to read has been found
                 shards.remove()
             shards.start(settings_of(model, image_processor, images, **how, **more))
@@ -114,9 +116,10 @@ def _open_images(args: argparse.Namespace, state: PartialState, listing: Path) -
         if len(args.images) > 1:
             raise InvalidDatasetError(f"{', '.join(args.images)}: name one data set, or image files and folders.")
         with state.main_process_first():  # the others find in the cache what it prepares
-            return open_dataset(args.images[0], args.split, args.revision, args.streaming)
-    if args.streaming or args.split or args.revision:
-        raise InvalidDatasetError("--streaming, --split and --revision are for a data set, not for files and folders.")
+            return open_dataset(args.images[0], args.dataset_config_name, args.split, args.revision, args.streaming)
+    if args.streaming or args.dataset_config_name or args.split or args.revision:
+        options = "--streaming, --dataset_config_name, --split and --revision"
+        raise InvalidDatasetError(f"{options} are for a data set, not for files and folders.")
     # By one process, so that a file which appears in the meantime is in the list of all or of none.
     if state.is_main_process:
         list_images(args.images, listing)

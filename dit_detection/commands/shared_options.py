@@ -8,11 +8,23 @@ from PIL import Image
 
 from ..data.formats import FORMATS
 
+# Of `add_data_options`, those that `load_detection_dataset` takes; all but one under the same name.
+DATA_OPTIONS = (
+    "format",
+    "dataset_config_name",
+    "class_names",
+    "validation_fraction",
+    "test_fraction",
+    "group_by",
+    "seed",
+)
+
 
 def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the options of `dit-detect train` that say which images are read; returns their group."""
     group = parser.add_argument_group("as they will be given to `dit-detect train`")
     group.add_argument("--format", choices=FORMATS, help="of the annotations; default: what the folder shows")
+    group.add_argument("--dataset_config_name", help="of a data set on the Hub that has several configurations")
     group.add_argument(
         "--class_names", nargs="+", help="all, in the order of their labels; default: as the data have them"
     )
@@ -28,8 +40,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
 
 def data_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What the options of `add_data_options` give to `load_detection_dataset`, `on_invalid` left out."""
-    names = ("format", "class_names", "validation_fraction", "test_fraction", "group_by", "seed")
-    return {name: getattr(args, name) for name in names}
+    arguments = {option: getattr(args, option) for option in DATA_OPTIONS}
+    arguments["name"] = arguments.pop("dataset_config_name")
+    return arguments
 
 
 def refuse_output(parser: argparse.ArgumentParser, option: str, path: str, is_picture: bool) -> None:

@@ -110,6 +110,9 @@ class DataArguments:
     format: Literal["coco", "voc", "yolo", "imagefolder", "datasets"] | None = field(
         default=None, metadata={"help": "Of the annotations, where the folder does not tell."}
     )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Of a data set on the Hub that has several configurations."}
+    )
     class_names: list[str] | None = field(
         default=None, metadata={"help": "All classes, in the order of their labels. Default: as the data have them."}
     )

@@ -1,19 +1,24 @@
 """Data sets with the columns `image` and `objects` (`bbox` xywh, `category`), as on the Hub: CPPE-5 and its like."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets.config
 from datasets import (
     ClassLabel,
     Dataset,
     DatasetDict,
     IterableDataset,
     IterableDatasetDict,
+    get_dataset_config_names,
+    get_dataset_default_config_name,
     load_dataset,
     load_from_disk,
 )
 from datasets import Image as ImageFeature
+from datasets.fingerprint import Hasher
 
 from .annotations import Annotations, is_integer
 from .layouts import SPLITS, split_of
@@ -37,15 +42,20 @@ def load_hub_dataset(
     Load a folder that `save_to_disk` wrote, one of parquet files, or a data set on the Hub.
 
     Raises:
-        InvalidDatasetError: There is none, or it is damaged.
+        InvalidDatasetError: There is none, it is damaged, or its configurations are several and none of them is named.
     """
     path = Path(source)
     if path.is_dir():
+        if revision is not None:
+            raise InvalidDatasetError(f"{path} is a folder: it has no revision {revision!r}. Leave the revision out.")
+        if name is not None and is_saved_to_disk(path):
+            raise InvalidDatasetError(f"{path} is one data set: it has no configuration {name!r}. Leave the name out.")
         try:
-            return (
-                load_from_disk(str(path)) if is_saved_to_disk(path) else load_dataset(str(path), streaming=streaming)
-            )
+            if is_saved_to_disk(path):
+                return load_from_disk(str(path))
+            return load_dataset(str(path), name, cache_dir=_cache_of(path), streaming=streaming)
         except Exception as error:  # whatever damaged files make `datasets` and Arrow raise
+            _refuse_configuration(str(path), name, None, error)
             message = " ".join(str(error.__cause__ or error).split())
             raise InvalidDatasetError(f"{path} cannot be loaded: {message:.300}. Write it again.") from error
     if path.exists():
@@ -55,8 +65,42 @@ def load_hub_dataset(
     try:
         return load_dataset(str(source), name, revision=revision, streaming=streaming)
     except (FileNotFoundError, ConnectionError, ValueError) as error:
+        _refuse_configuration(str(source), name, revision, error)
         raise InvalidDatasetError(
             f"{source} is no folder or file here, and could not be loaded from the Hub: {error}. Check its name."
+        ) from error
+
+
+def _cache_of(folder: Path) -> str:
+    """
+    Where `datasets` keeps what it makes of a folder: a place for each state of its files.
+
+    In its own place (5.2) it takes folders of one name with the same configurations in their README, as copies from
+    the Hub have them, for the same, whatever their files hold.
+    """
+    state = []
+    for parent, folders, files in os.walk(folder.resolve()):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))  # such as .git and .cache
+        for file in sorted(files):
+            found = os.stat(os.path.join(parent, file))
+            state.append((parent, file, found.st_size, found.st_mtime_ns))
+    return str(Path(datasets.config.HF_DATASETS_CACHE, "dit_detection_folders", Hasher.hash(state)))
+
+
+def _refuse_configuration(source: str, name: str | None, revision: str | None, error: Exception) -> None:
+    """Raise InvalidDatasetError if a data set could not be loaded because of the name of its configuration."""
+    if not isinstance(error, ValueError):  # which `datasets` then raises
+        return
+    try:
+        names = get_dataset_config_names(source, revision=revision)
+        default = get_dataset_default_config_name(source, revision=revision)
+    except Exception:  # that it cannot be loaded has another reason
+        return
+    if (default if name is None else name) not in names:
+        has = f"has no configuration {name!r}, but" if name is not None else "has several configurations:"
+        raise InvalidDatasetError(
+            f"{source} {has} {', '.join(names)}. Name one with --dataset_config_name (in Python, `name`), or save it "
+            "with `save_to_disk` of `datasets` and name that folder."
         ) from error
 
 

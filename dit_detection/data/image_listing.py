@@ -76,14 +76,16 @@ def open_list(listed: Path) -> Dataset:
     return Dataset.from_file(str(listed))
 
 
-def open_dataset(source: str, split: str | None, revision: str | None, streaming: bool) -> Dataset | IterableDataset:
+def open_dataset(
+    source: str, name: str | None, split: str | None, revision: str | None, streaming: bool
+) -> Dataset | IterableDataset:
     """
     The images of a data set of `datasets`, encoded, with `image_id` where it has one.
 
     Raises:
-        InvalidDatasetError: It cannot be loaded, has no such split, or no column "image".
+        InvalidDatasetError: It cannot be loaded, has no such configuration or split, or no column "image".
     """
-    loaded: Any = load_hub_dataset(source, None, revision, streaming)
+    loaded: Any = load_hub_dataset(source, name, revision, streaming)
     if isinstance(loaded, dict):
         if split is None and len(loaded) > 1:
             raise InvalidDatasetError(f"{source} has the splits {', '.join(loaded)}. Name one with --split.")

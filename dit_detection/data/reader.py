@@ -62,8 +62,8 @@ def load_detection_dataset(
         seed (`int`): Which images those shares are made of.
         check_files (`bool`): Open every image file (its header only) to compare its size with the annotations, and
             look for images that are there twice.
-        name (`str`, *optional*): Configuration of a data set on the Hub.
-        revision (`str`, *optional*): Its commit, branch or tag.
+        name (`str`, *optional*): Configuration of a data set on the Hub, or of a copy of one, that has several.
+        revision (`str`, *optional*): Commit, branch or tag of a data set on the Hub.
         streaming (`bool`): Open no image before its row is read. Data sets of `datasets` are checked row by row as
             they pass (`stream_rows` says how) and need not fit the disk; of the other formats, which are read as a
             whole, the annotations are checked at once and the images as they pass.
@@ -80,6 +80,7 @@ def load_detection_dataset(
     if on_invalid not in ("error", "drop", "clip"):
         raise ValueError(f'on_invalid is {on_invalid!r}; it must be "error", "drop" or "clip".')
     if streaming and _is_hub_dataset(source, format):
+        _refuse_names(source, format, name, revision)
         check_fractions(validation_fraction, test_fraction)
         if test_fraction is not None or group_by is not None:
             raise ValueError("test_fraction and group_by cannot be used while a data set is streamed. Leave them out.")
@@ -157,6 +158,7 @@ def read_detection_dataset(
         raise ValueError(f"seed is {seed}; it must be 0 or more.")
     where = "data set"
     try:
+        _refuse_names(source, format, name, revision)
         if isinstance(source, Dataset | DatasetDict):
             splits = read_hub_splits(source, where, problems, class_names, group_by)
         else:
@@ -184,6 +186,15 @@ def read_detection_dataset(
     except (InvalidDatasetError, OSError) as error:
         problems.add("unusable data set", where, str(error).removeprefix(f"{where}: ").removeprefix(f"{where} "))
         return None
+
+
+def _refuse_names(source: Any, format: Format | None, name: str | None, revision: str | None) -> None:
+    """Raise ValueError if a name or revision would change nothing, as `datasets` does not load what it names."""
+    given = {field: value for field, value in {"name": name, "revision": revision}.items() if value is not None}
+    is_loaded = not isinstance(source, str | Path)
+    if given and (is_loaded or not _is_hub_dataset(source, format)):
+        what = "a data set that is loaded" if is_loaded else f"the annotations of {source}"
+        raise ValueError(f"{given}: {what} can have neither a name nor a revision. Leave it out.")
 
 
 def _format_of(path: Path, format: Format | None) -> Format:
