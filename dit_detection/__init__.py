@@ -17,7 +17,8 @@ from .model.configuration_dit_detection import DiTDetectionConfig
 from .model.image_processing_dit_detection import DiTDetectionImageProcessor
 from .model.modeling_dit_detection import DiTDetectionModel, DiTForObjectDetection, DiTObjectDetectionOutput
 from .training.hp_search import config_space, hp_space
-from .training.trainer import DetectionTrainer, DetectionTrainingArguments
+from .training.trainer import DetectionTrainer
+from .training.training_args import DetectionTrainingArguments
 from .visualize import draw_detections, draw_grid
 
 __all__ = [

@@ -9,7 +9,7 @@ from ..data import repeat_factors_of
 from ..model.modeling_dit_detection import DiTForObjectDetection
 from ..training.cost import measure_flops_per_second, training_cost
 from ..training.frozen_cache import canvas_of
-from ..training.trainer import DetectionTrainingArguments
+from ..training.training_args import DetectionTrainingArguments
 
 # Of what matrix products reach, a detector's step reaches about this share: the rest goes into norms, activations and
 # small feature maps. In `scripts/benchmark.py --quick` on 2 cores it was 0.5 (small detector, cached steps) to 0.75.

@@ -12,7 +12,8 @@ from transformers import AutoImageProcessor
 from ..adapters import load_detector
 from ..data import DetectionDataset, load_detection_dataset
 from ..inference.batch_predictor import model_class_names
-from ..training.trainer import DetectionTrainer, DetectionTrainingArguments
+from ..training.trainer import DetectionTrainer
+from ..training.training_args import DetectionTrainingArguments
 from .shared_options import add_data_options, data_arguments
 
 

@@ -31,7 +31,8 @@ from ..model.modeling_dit_detection import DiTForObjectDetection
 from ..small_dit import DETECTORS, SMALL_DIT, write_small_dit
 from ..training.checkpoint_files import checkpoints_of
 from ..training.frozen_cache import canvas_of
-from ..training.trainer import DetectionTrainer, DetectionTrainingArguments
+from ..training.trainer import DetectionTrainer
+from ..training.training_args import DetectionTrainingArguments
 from .dry_run import describe_cost
 from .train_options import (
     VIEWS_IN_CACHE,

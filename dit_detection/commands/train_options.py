@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import HfArgumentParser
 
-from ..training.trainer import DetectionTrainingArguments
+from ..training.training_args import DetectionTrainingArguments
 
 # What the embedded job trains with: it must be done in 4 minutes on 2 cores.
 EMBEDDED_JOB = {
