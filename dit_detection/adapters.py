@@ -13,6 +13,8 @@ from .model.modeling_dit_detection import DiTForObjectDetection
 if TYPE_CHECKING:
     from peft import PeftModel
 
+# Folder beside an adapter that `dit-detect train` made, with the detector that it is for.
+BASE = "base"
 # The linear layers of a block: attention's, and the perceptron's.
 _LINEARS = r"(attention\.(qkv|projection)|mlp\.(fc1|fc2))"
 
@@ -81,8 +83,8 @@ def load_detector(source: str | Path, *, revision: str | None = None, **kwargs: 
     Load a detector; an adapter is merged into its base, and what comes back is a plain detector, as fast as one.
 
     Args:
-        source (`str` or `Path`): Folder or Hub id of a detector, or of an adapter. A folder `base` beside an adapter
-            goes before the base that the adapter names.
+        source (`str` or `Path`): Folder or Hub id of a detector, or of an adapter. Of an adapter that names a base
+            called `base`, as `dit-detect train` writes it beside, that is the one beside it, wherever both are now.
         revision (`str`, *optional*): Of the Hub id. The base's is named by the adapter.
         kwargs: For `from_pretrained` of the detector or the base.
 
@@ -99,8 +101,10 @@ def load_detector(source: str | Path, *, revision: str | None = None, **kwargs: 
         raise ImportError(f'{source} is an adapter, which takes peft: pip install "dit_detection[lora]"') from error
 
     config = PeftConfig.from_pretrained(str(source), revision=revision)
-    beside = Path(source) / "base"
-    base = str(beside) if beside.is_dir() else config.base_model_name_or_path
+    base = config.base_model_name_or_path
+    beside = Path(source) / BASE
+    if base and Path(base).name == BASE and beside.is_dir():
+        base = str(beside)
     if not base:
         raise OSError(f"{source}/adapter_config.json names no base_model_name_or_path. Write the base's id there.")
     model = _load_base(base, config.revision, **kwargs)

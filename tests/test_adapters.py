@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import tiny_training
@@ -171,12 +172,18 @@ def test_plain_transformers_loads_the_adapter(adapted, pixels, tmp_path):
     torch.testing.assert_close(outputs.pred_boxes, expected.pred_boxes, atol=1e-6, rtol=0)
 
 
-def test_a_base_beside_the_adapter_goes_first(adapted, pixels, tmp_path):
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_base_beside_the_adapter_goes_first_if_it_is_the_one(adapted, tiny_model, pixels, tmp_path, is_own):
     model = adapted()
     with torch.no_grad():
         expected = model(pixels).logits
+    if is_own:  # as after a move: the path that it names is gone
+        model.peft_config["default"].base_model_name_or_path = "moved/base"
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "detector").rename(tmp_path / "adapter" / "base")
+    else:  # left by an earlier run in the same folder
+        tiny_model(num_labels=2).save_pretrained(tmp_path / "adapter" / "base")
     model.save_pretrained(tmp_path / "adapter")
-    (tmp_path / "detector").rename(tmp_path / "adapter" / "base")  # as after a move: the path it names is gone
     with torch.no_grad():
         logits = load_detector(tmp_path / "adapter")(pixels).logits
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
@@ -326,6 +333,25 @@ def test_the_commands(pixels, tmp_path, monkeypatch):
     config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "merged")
     assert not (tmp_path / "again" / "base").exists()
+
+    # In a folder of earlier runs: what is loaded is what was trained last.
+    job[1] = str(out)
+    job += ["--bf16", "False"]
+    for options in (["--model", str(tmp_path / "merged")], ["--random_dit", "tiny"]):
+        # Of the same base when resumed, and not of the one that an earlier run has left.
+        for resumed in ([], ["--num_train_epochs", "2", "--resume_from_checkpoint", "last"]):
+            for path in out.glob("checkpoint-*") if not resumed else ():
+                shutil.rmtree(path)
+            metrics = train.main([*job, *options, *resumed])
+            found = evaluate.main([str(out), "--dataset", str(tmp_path / "shapes"), "--batch_size", "2"])
+            assert found["test_loss"] == pytest.approx(metrics["test_loss"], abs=1e-4)
+    lora = job.index("--lora_r")
+    metrics = train.main([*job[:lora], *job[lora + 2 :], "--model", str(tmp_path / "merged")])
+    assert not is_adapter(out)
+    found = evaluate.main([str(out), "--dataset", str(tmp_path / "shapes"), "--batch_size", "2"])
+    assert found["test_loss"] == pytest.approx(metrics["test_loss"], abs=1e-4)
+    train.main([*job, "--model", str(tmp_path / "merged")])
+    assert is_adapter(out) and not (out / "model.safetensors").exists() and not (out / "config.json").exists()
 
 
 def test_a_dry_run_does_not_count_lora():

@@ -126,6 +126,21 @@ def test_a_finished_run_that_is_resumed_takes_no_step_and_tells_the_same(make_tr
     assert (tmp_path / "README.md").is_file()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({}, {"epochs": 2}),
+        ({"max_steps": 3}, {"steps": 3}),
+        ({"early_stopping_patience": 1}, {"epochs at most": 2}),
+    ],
+)
+def test_the_card_tells_the_length_that_was_asked_for(make_trainer, tmp_path, arguments, told):
+    trainer = make_trainer(**arguments)
+    trainer.create_model_card()
+    facts = saved(tmp_path).hyperparameters
+    assert {name: value for name, value in facts.items() if "epochs" in name or "steps" in name} == told
+
+
 def test_minutes_are_those_since_the_start(make_trainer, monkeypatch):
     clock = itertools.count(0, 60)  # a minute passes from look to look
     monkeypatch.setattr("dit_detection.training.card_trainer.time", SimpleNamespace(monotonic=lambda: next(clock)))

@@ -13,7 +13,7 @@ from tiny_training import label_fields
 from dit_detection import DiTDetectionImageProcessor, InvalidDatasetError, cli, id2label_of, load_detection_dataset
 from dit_detection.anchor_fit import AnchorSetting, best_anchor_ious, boxes_of, coverage
 from dit_detection.card.model_card import DetectionModelCardData
-from dit_detection.commands import convert, evaluate, predict, train
+from dit_detection.commands import convert, evaluate, predict, train, train_options
 from dit_detection.commands.train_options import parse_options, read_json_option, shown_command
 from dit_detection.data import draw_shapes_dataset
 from dit_detection.data.statistics import read_table
@@ -163,6 +163,18 @@ def test_training_on_a_stream(coco_set, tmp_path, capsys):
         with pytest.raises(SystemExit):
             train.main([*TINY, *arguments, "--max_steps", "2", *wrong])
         assert message in capsys.readouterr().err
+
+
+def test_what_was_set_aside_from_a_stream_can_be_evaluated_again(tmp_path):
+    (tmp_path / "set").mkdir()
+    draw_shapes_dataset(12, 0, 0, image_size=64)["train"].to_parquet(tmp_path / "set" / "train.parquet")
+    data = ["--dataset", str(tmp_path / "set"), "--streaming", "--validation_fraction", "0.4"]
+    options = [*TINY, *data, "--output_dir", str(tmp_path / "out"), "--max_steps", "1"]
+    trained = train.main([*options, "--per_device_train_batch_size", "2"])
+    again = evaluate.main([str(tmp_path / "out"), *data, "--split", "validation"])
+    assert again["validation_loss"] == pytest.approx(trained["validation_loss"], abs=1e-4)
+    stored = evaluate.main([str(tmp_path / "out"), *data[:2], *data[3:], "--split", "validation"])
+    assert stored["validation_loss"] != pytest.approx(trained["validation_loss"], abs=1e-4)  # of other images
 
 
 def test_classes_are_those_of_the_data(coco_set, tmp_path):
@@ -392,6 +404,27 @@ def test_what_a_detector_has_settled_is_refused(tiny_model, coco_set, tmp_path):
 def test_rates_and_frozen_blocks_are_those_of_the_dit(options, rate, decay, frozen, tmp_path):
     model_args, _, args = parse_options(["--dataset", "x", "--output_dir", str(tmp_path), *options])
     assert (args.learning_rate, args.layer_decay, model_args.freeze_layers) == (rate, decay, frozen)
+
+
+def test_one_precision_alone_is_the_one_that_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_options, "computes_bf16", lambda on_cpu: True)
+    for options, fp16, bf16 in (([], False, True), (["--fp16", "True"], True, False), (["--fp16"], True, False)):
+        args = parse_options(["--dataset", "x", "--output_dir", str(tmp_path), *options])[2]
+        assert (args.fp16, args.bf16) == (fp16, bf16)
+
+
+def test_class_weights_stay_with_their_classes(tiny_model, coco_set, tmp_path):
+    """A detector that was trained with weights goes on with them; for other classes it has none."""
+    weights = [1.0, 2.0, 0.5, 1.0, 1.5]
+    options = [*TINY[2:5], "--bf16", "False", "--disable_tqdm", "True", "--dataset", str(coco_set), "--max_steps", "1"]
+    names = id2label_of(load_detection_dataset(coco_set))
+    for kind, id2label, expected in (("same", names, weights), ("other", dict(enumerate("abcde")), None)):
+        label2id = {name: label for label, name in id2label.items()}
+        given = tiny_model(num_labels=5, id2label=id2label, label2id=label2id, class_weights=weights)
+        given.save_pretrained(tmp_path / kind)
+        DiTDetectionImageProcessor(size={"max_height": 48, "max_width": 64}).save_pretrained(tmp_path / kind)
+        train.main([*options, "--model", str(tmp_path / kind), "--output_dir", str(tmp_path / "out" / kind)])
+        assert json.loads((tmp_path / "out" / kind / "config.json").read_text())["class_weights"] == expected
 
 
 @pytest.mark.parametrize(

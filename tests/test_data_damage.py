@@ -19,6 +19,7 @@ MISSING = object()
 FIRST_BOX = 'annotation 1 of image 9 ("b.png"): field "bbox" is '
 OUT = "file name leads outside the image folder"
 FRACTIONS = {"id": 1, "image_id": 7, "category_id": 5, "bbox": [0.1, 0.2, 0.5, 1]}
+ROUNDED = [FRACTIONS | {"id": index, "bbox": [-1e-6, 0.2, 0.5, side]} for index, side in enumerate((1, 1.001, 1.5))]
 
 # Which list of the file; what becomes of its first entry (or of the file itself); part of the message; its kind; how
 # many of the 3 objects are left with on_invalid="drop", or None where that does not help.
@@ -35,6 +36,7 @@ DAMAGES: list[tuple[str | None, dict[str, Any], str, str, int | None]] = [
     ("annotations", {"bbox": [35, 2, 8, 4]}, "8.0, 4.0] in an image of 40 x 30 pixels", "box outside the image", 2),
     ("annotations", {"bbox": [40, 2, 0.5, 4]}, FIRST_BOX + "[40.0, 2.0, 0.5, 4.0]", "box outside the image", 2),
     (None, {"annotations": [FRACTIONS]}, "all boxes lie between 0 and 1, as fractions do", "unusable data set", None),
+    (None, {"annotations": ROUNDED}, "2 of 3 boxes lie between 0 and 1, as fractions do", "unusable data set", None),
     ("annotations", {"area": "80"}, "field \"area\" is '80'", "unusable area", 2),
     ("annotations", {"area": -1}, 'field "area" is -1', "unusable area", 2),
     ("annotations", {"iscrowd": 2}, 'field "iscrowd" is 2', "unusable iscrowd", 2),

@@ -136,3 +136,34 @@ def test_one_table(tmp_path: Path) -> None:
     write_images(tmp_path)
     file = write_text(tmp_path / "my_test_boxes.csv", CORNERS + "\n".join(BOX_LINES))
     assert objects_of(load_detection_dataset(file)["train"]) == OBJECTS
+
+
+def test_the_name_of_a_file_is_no_split(tmp_path: Path) -> None:
+    names = ("board.png", "dev_board.png", "crash-test.png", "valid.png")
+    write_images(tmp_path, names)
+    write_text(tmp_path / "boxes.csv", CORNERS + "\n".join(f"{name},1,2,11,10,dog" for name in names))
+    assert {split: len(rows) for split, rows in load_detection_dataset(tmp_path).items()} == {"train": 4}
+
+
+def test_equal_names_in_two_folders_are_two_images(tmp_path: Path) -> None:
+    for number, folder in enumerate(("train_1", "train_2")):
+        write_images(tmp_path / folder, ("a.png",))
+        write_text(tmp_path / folder / "boxes.csv", f"{CORNERS}a.png,{number},2,11,10,dog")
+    train = load_detection_dataset(tmp_path)["train"]
+    assert [row["objects"]["bbox"] for row in train] == [[[0, 2, 11, 8]], [[1, 2, 10, 8]]]
+
+
+def test_width_and_height_beside_w_and_h_are_those_of_the_image(tmp_path: Path) -> None:
+    write_images(tmp_path, ("a.png",))
+    write_text(tmp_path / "boxes.csv", "filename,x,y,w,h,class,width,height\na.png,1,2,10,8,dog,40,30")
+    row = load_detection_dataset(tmp_path)["train"][0]
+    assert row["objects"]["bbox"] == [[1, 2, 10, 8]] and (row["width"], row["height"]) == (40, 30)
+
+
+def test_groups_are_in_a_column_of_any_case(tmp_path: Path) -> None:
+    names = tuple(f"{index}.png" for index in range(6))
+    write_images(tmp_path, names)
+    lines = [f"{name},1,2,11,10,dog,{index // 3}" for index, name in enumerate(names)]
+    write_text(tmp_path / "boxes.csv", "\n".join([f"{CORNERS.strip()},PatientID", *lines]))
+    dataset = load_detection_dataset(tmp_path, group_by="PatientID", validation_fraction=0.5)
+    assert sorted(map(len, dataset.values())) == [3, 3]

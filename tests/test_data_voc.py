@@ -164,3 +164,9 @@ def test_copy_reads_back(tmp_path: Path) -> None:
     original = load_detection_dataset(write_voc(tmp_path / "one"), class_names=CLASSES)
     copy = load_detection_dataset(copy_as_voc(original, tmp_path / "two"))
     assert copy["train"].remove_columns("image").to_list() == original["train"].remove_columns("image").to_list()
+
+
+def test_where_case_is_ignored_a_folder_is_read_once(tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    (tmp_path / "annotations").symlink_to(tmp_path / "Annotations")  # one folder of two names, as on macOS
+    assert objects_of(load_detection_dataset(tmp_path)["train"]) == OBJECTS

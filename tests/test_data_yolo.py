@@ -173,3 +173,13 @@ def test_problems_name_file_and_line(tmp_path: Path) -> None:
     (problem,) = problems.examples["box not in fractions"]
     assert f"{tmp_path / 'labels' / 'a.txt'}, line 2: '20 15 8 6'" in problem.what
     assert problem.image == str(tmp_path / "images" / "a.png")
+
+
+def test_images_in_no_split_are_told_of(tmp_path: Path) -> None:
+    for folder in ("train", "val", "extra", "."):
+        write_images(tmp_path / "images" / folder)
+        write_labels(tmp_path / "labels" / folder)
+    problems = ProblemLog("error")
+    dataset = read_detection_dataset(tmp_path, problems)
+    assert dataset is not None and set(dataset) == {"train", "validation"}
+    assert problems.counts["image without annotations"] == 2 * len(OBJECTS)

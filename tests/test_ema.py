@@ -166,6 +166,11 @@ def test_what_is_frozen_has_no_average(make_trainer):
     assert 0 < len(trained) < len(names)
 
 
+def test_an_optimizer_without_state_is_refused(make_trainer):
+    with pytest.raises(ValueError, match=r"needs an optimizer that keeps a state, .* optim='sgd' has none"):
+        make_trainer(optim="sgd").train()
+
+
 @pytest.mark.parametrize("decay", [0, 1, -0.5, 1.5, float("nan")])
 def test_a_decay_that_is_none_is_refused(decay):
     with pytest.raises(ValueError, match="must lie between 0 and 1"):

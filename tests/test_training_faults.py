@@ -438,11 +438,12 @@ def test_early_stopping_goes_on_counting(make_trainer, tmp_path):
         "max_steps": 20,
         "load_best_model_at_end": True,
         "metric_for_best_model": "same",
-        "early_stopping_patience": 3,
     }
 
-    def train(**kwargs):
-        trainer = make_trainer(compute_metrics=lambda predictions: {"same": 1.0}, **arguments)
+    def train(patience=3, **kwargs):
+        trainer = make_trainer(
+            compute_metrics=lambda predictions: {"same": 1.0}, early_stopping_patience=patience, **arguments
+        )
         trainer.train(**kwargs)
         return trainer.state.global_step
 
@@ -451,3 +452,28 @@ def test_early_stopping_goes_on_counting(make_trainer, tmp_path):
         shutil.rmtree(checkpoint)
     assert last_whole_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-4"
     assert train(resume_from_checkpoint="last") == 8
+    assert train(patience=5, resume_from_checkpoint="last") == 12  # what is asked for now, and not then
+
+
+@pytest.mark.parametrize("left_by_another_run", [False, True])
+def test_the_best_is_one_that_is_saved(make_trainer, tmp_path, left_by_another_run):
+    """Evaluated more often than saved: what cannot be loaded at the end is not the best."""
+    scores = iter([0.1, 0.5, 0.9, 0.6, 0.2, 0.3, 0.2, 0.2])
+    trainer = make_trainer(
+        compute_metrics=lambda predictions: {"score": next(scores, 0.0)},
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=2,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+    )
+    if left_by_another_run:
+        shutil.copytree(Path(__file__).parent, tmp_path / "run" / "checkpoint-3")
+    saved = {}
+    trainer.add_callback(AtStep(5, lambda: saved.update(load_file(tmp_path / "run/checkpoint-4/model.safetensors"))))
+    trainer.train()
+    assert trainer.state.best_metric == 0.6 and trainer.state.best_global_step == 4
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "run" / "checkpoint-4")
+    assert {"checkpoint-4", "checkpoint-8"} <= {path.name for path in checkpoints_of(tmp_path / "run")}
+    assert_equal(trainer.model.state_dict(), saved)

@@ -118,7 +118,7 @@ def training_facts(
         "hardware": hardware_of(args.world_size),
         "versions": {name: version(name) for name in ("torch", "transformers", "diffusers", "dit_detection")},
         "hyperparameters": {
-            "epochs": args.num_train_epochs,
+            **_length(args),
             "images per step": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
             "learning rate": args.learning_rate,
             "weight decay": args.weight_decay,
@@ -154,6 +154,12 @@ def training_facts(
             counts = np.bincount(labels, minlength=len(names))
             facts["class_counts"][split] = {name: int(counts[label]) for label, name in names.items()}
     return facts
+
+
+def _length(args: Any) -> dict[str, float]:
+    """How long training was to be; it may have ended before, if it was told to."""
+    unit, number = ("steps", args.max_steps) if args.max_steps > 0 else ("epochs", args.num_train_epochs)
+    return {unit if args.early_stopping_patience is None else f"{unit} at most": number}
 
 
 def report_facts(evaluations: Mapping[str, Evaluation], id2label: Mapping[int, str]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoImageProcessor
 
 from ..adapters import load_detector
-from ..data import DetectionDataset, load_detection_dataset
+from ..data import load_detection_dataset
+from ..data.transforms import plain_inputs
 from ..inference.batch_predictor import model_class_names
 from ..training.trainer import DetectionTrainer
 from ..training.training_args import DetectionTrainingArguments
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--batch_size", type=int, default=8, help="images at a time, on each device")
     parser.add_argument("--output", help="JSON file for the metrics")
     # With those that the detector was trained with, a split that was set aside then is the same one now.
-    add_data_options(parser)
+    group = add_data_options(parser)
+    group.add_argument("--streaming", action="store_true", help="of a stream, other images are set aside")
     args = parser.parse_args(argv)
     if args.class_names is not None:
         parser.error(f"--class_names: the classes are those of {args.checkpoint}.")
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model = load_detector(args.checkpoint)
     # In the order of the checkpoint's labels, whatever order the annotations have.
     options = data_arguments(args) | {"class_names": model_class_names(model)}
-    dataset = load_detection_dataset(args.dataset, on_invalid=args.on_invalid, **options)
+    dataset = load_detection_dataset(args.dataset, on_invalid=args.on_invalid, streaming=args.streaming, **options)
     if args.split not in dataset:
         parser.error(f"--split {args.split}: {args.dataset} has {', '.join(dataset)}.")
     image_processor = AutoImageProcessor.from_pretrained(args.checkpoint)
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
                 use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
             ),
             processing_class=image_processor,
-            eval_dataset=DetectionDataset(dataset[args.split], image_processor),
+            eval_dataset=plain_inputs(dataset[args.split], image_processor),
         )
         metrics = trainer.evaluate(metric_key_prefix=args.split)
     trainer.log_metrics(args.split, metrics)

@@ -1,6 +1,7 @@
 """Annotated images → a trained detector, its mAP, and pictures of what it sees."""
 
 import dataclasses
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ import transformers
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from transformers import AutoConfig, set_seed
+from transformers.utils import ADAPTER_CONFIG_NAME
 
-from ..adapters import add_lora, detector_of, is_adapter
+from ..adapters import BASE, add_lora, detector_of, is_adapter
 from ..anchor_fit import AnchorSetting, fit_to_splits
 from ..data import (
     DetectionAugmentation,
@@ -26,6 +28,7 @@ from ..data import (
     load_detection_dataset,
 )
 from ..data.statistics import read_table
+from ..data.transforms import plain_inputs
 from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
 from ..model.modeling_dit_detection import DiTForObjectDetection
 from ..small_dit import DETECTORS, SMALL_DIT, write_small_dit
@@ -82,14 +85,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         args,
         processing_class=image_processor,
         train_dataset=_training_inputs(dataset["train"], image_processor, augmentation, data_args, args.seed),
-        eval_dataset=_inputs(dataset["validation"], image_processor),
+        eval_dataset=plain_inputs(dataset["validation"], image_processor),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     minutes = trainer.state.log_history[-1]["minutes"]
 
     # The split that training never saw; without a test split, the one that chose the checkpoint.
     held_out = "test" if "test" in dataset else "validation"
-    metrics = trainer.evaluate(_inputs(dataset[held_out], image_processor), metric_key_prefix=held_out)
+    metrics = trainer.evaluate(plain_inputs(dataset[held_out], image_processor), metric_key_prefix=held_out)
     trainer.log_metrics(held_out, metrics)
     trainer.save_metrics(held_out, {**metrics, "train_minutes": round(minutes, 2)})
     trainer.save_state()
@@ -115,13 +118,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         logger.info("This was a small DiT. A large one: --model facebook/DiT-XL-2-256 (weights under CC BY-NC 4.0).")
     trainer.accelerator.end_training()
     return metrics
-
-
-def _inputs(rows: Dataset | IterableDataset, image_processor: DiTDetectionImageProcessor) -> Any:
-    """Rows as a model is fed them, without augmentation."""
-    if isinstance(rows, IterableDataset):
-        return DetectionIterableDataset(rows, image_processor)
-    return DetectionDataset(rows, image_processor)
 
 
 def _training_inputs(
@@ -181,7 +177,7 @@ def _load_model(
         return model, image_processor
     if not is_saved:
         # An adapter is worth nothing without what it was trained on.
-        model.name_or_path = str(Path(args.output_dir) / "base")
+        model.name_or_path = str(Path(args.output_dir) / BASE)
         with args.main_process_first(desc="writing the base of the adapter"):
             if args.process_index == 0:
                 model.save_pretrained(model.name_or_path)
@@ -197,9 +193,13 @@ def _base_to_resume(args: DetectionTrainingArguments) -> str | None:
     wanted = args.resume_from_checkpoint
     if not wanted:
         return None
-    run_dir = Path(args.output_dir) if wanted is True or wanted == "last" else Path(wanted).parent
-    base = run_dir / "base"
-    return str(base) if base.is_dir() and checkpoints_of(run_dir) else None
+    is_last = wanted is True or wanted == "last"
+    for checkpoint in checkpoints_of(Path(args.output_dir)) if is_last else [Path(wanted)]:
+        file, base = checkpoint / ADAPTER_CONFIG_NAME, checkpoint.parent / BASE
+        if file.is_file() and base.is_dir():
+            named = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+            return str(base) if Path(named or "").name == BASE else None
+    return None
 
 
 def _load_detector(
@@ -208,11 +208,13 @@ def _load_detector(
     """A detector to go on from; for other classes its class layer starts afresh."""
     image_processor = DiTDetectionImageProcessor.from_pretrained(source)
     id2label = id2label_of(dataset)
-    fields = {
+    fields: dict[str, Any] = {
         "attn_implementation": model_args.attn_implementation,
         "id2label": id2label,
         "label2id": {name: index for index, name in id2label.items()},
     }
+    if AutoConfig.from_pretrained(source).id2label != id2label:
+        fields["class_weights"] = None  # those that it has are of its own classes
     model = DiTForObjectDetection.from_pretrained(
         source, ignore_mismatched_sizes=True, dtype=torch.float32, **(fields | overrides)
     )

@@ -158,7 +158,7 @@ def parse_options(argv: list[str]) -> tuple[ModelArguments, DataArguments, Detec
     parser.set_defaults(
         output_dir="outputs",
         use_cpu=on_cpu,
-        bf16=computes_bf16(on_cpu),
+        bf16=computes_bf16(on_cpu) and not _names(argv, "--fp16"),
         per_device_train_batch_size=8,
         # On a CPU the workers would take the cores from the model.
         dataloader_num_workers=0 if on_cpu else 4,

@@ -11,7 +11,11 @@ from typing import TypeGuard
 from .annotations import Annotations
 from .problems import InvalidDatasetError, ProblemLog
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".jfif", ".pgm", ".ppm", ".tif", ".tiff", ".webp"}
+# Of the formats that `image_reading.py` reads.
+IMAGE_SUFFIXES = {
+    *(".avif", ".bmp", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+}
 UPLOAD_PREFIX = re.compile(r"^[0-9a-f]{8}-")  # Label Studio puts one before the name of each uploaded file
 
 

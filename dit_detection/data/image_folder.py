@@ -23,11 +23,13 @@ CORNERS = (
     ("left", "top", "right", "bottom"),
 )
 SIDES = (
+    ("x", "y", "w", "h"),  # before the next: beside these, width and height are the image's
     ("x", "y", "width", "height"),
-    ("x", "y", "w", "h"),
     ("left", "top", "width", "height"),
     ("bbox_x", "bbox_y", "bbox_width", "bbox_height"),
 )
+# Of a split, images by name and by the folder of the table that names them.
+Entries = dict[tuple[str, Path], Row]
 BOXES = (*CORNERS, *SIDES, ("bbox",))
 
 
@@ -58,7 +60,7 @@ def read_image_folder(
     """
     folder = source if source.is_dir() else source.parent
     tables = _find_tables(source) if source.is_dir() else {"train": [source]}
-    images: dict[str, dict[str, Row]] = {}
+    images: dict[str, Entries] = {}
     for split, files in tables.items():
         for file in files:
             for row in read_table(file, problems):
@@ -97,7 +99,7 @@ def _is_table_of_boxes(file: Path) -> bool:
 
 
 def _add_row(
-    images: dict[str, dict[str, Row]], split: str, row: Row, file: Path, problems: ProblemLog, group_by: str | None
+    images: dict[str, Entries], split: str, row: Row, file: Path, problems: ProblemLog, group_by: str | None
 ) -> None:
     """Add a row of a table to the images of its split."""
     where = row.pop("where")
@@ -107,15 +109,17 @@ def _add_row(
         problems.add("unusable image entry", where, f"{what:.200}")
         return
     stated = next((row[column] for column in SPLIT_COLUMNS if isinstance(row.get(column), str)), "")
-    split = split or split_of(stated) or split_of(name.replace("\\", "/").split("/")[0]) or "train"
-    is_new = name not in images.setdefault(split, {})
-    entry = images[split].setdefault(name, {"file": file, "objects": {"bbox": [], "category": []}})
+    first_folder, is_folder, _ = name.replace("\\", "/").partition("/")
+    split = split or split_of(stated) or (split_of(first_folder) if is_folder else None) or "train"
+    key = name, file.parent
+    is_new = key not in images.setdefault(split, {})
+    entry = images[split].setdefault(key, {"objects": {"bbox": [], "category": []}})
     box_columns = next((names for names in BOXES if all(column in row for column in names)), None)
     for side in ("width", "height"):
         taken = box_columns is not None and side in box_columns
         entry[side] = row.get(f"image_{side}") if taken else row.get(side, row.get(f"image_{side}"))
     if group_by is not None:
-        entry["group"] = row.get(group_by)
+        entry["group"] = row.get(group_by, row.get(group_by.lower()))  # headers of CSV are read in lower case
     if "objects" in row and not is_new:
         problems.add("image listed twice", where, f'field "file_name" is {name!r:.80} again')
     elif "objects" in row:
@@ -188,7 +192,7 @@ def _read_classes(
 def _read_split(
     source: str,
     folder: Path,
-    images: dict[str, Row],
+    images: Entries,
     class_names: list[str],
     labels: dict[Any, int],
     problems: ProblemLog,
@@ -199,8 +203,8 @@ def _read_split(
     paths: list[str] = []
     annotations.image_paths = paths
     finders: dict[Path, ImageFinder] = {}
-    for row, (name, entry) in enumerate(sorted(images.items())):
-        place = entry["file"].parent
+    for row, (name, place) in enumerate(sorted(images)):
+        entry = images[name, place]
         finder = finders.setdefault(place, ImageFinder([place, place / "images", folder, folder / "images"]))
         paths.append(str(finder.find(name) or place / os.path.basename(name)))
         if group_by is not None:

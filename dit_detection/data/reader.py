@@ -20,6 +20,9 @@ from .streaming import stream_rows
 from .voc import read_voc
 from .yolo import read_yolo, to_pixels
 
+# How far fractions of the image may lie beside 0 and 1.
+MARGIN = 0.01
+
 READERS = {"coco": read_coco_splits, "voc": read_voc, "yolo": read_yolo, "imagefolder": read_image_folder}
 
 
@@ -241,9 +244,14 @@ def _check_groups(splits: Mapping[str, Annotations], group_by: str) -> None:
 def _refuse_fractions(splits: Iterable[Annotations]) -> None:
     """Many tools write fractions of the image under the same names; as pixels, they would all be specks."""
     for annotations in splits:
-        boxes = np.array(annotations.boxes)
-        if len(boxes) and not annotations.boxes_are_fractions and ((boxes >= 0) & (boxes <= 1)).all():
-            what = "all boxes lie between 0 and 1, as fractions do. Write pixels."
+        if annotations.boxes_are_fractions or not len(annotations.boxes):
+            continue
+        # Not all of them: tools round, and boxes stick out.
+        boxes = np.array(annotations.boxes).reshape(-1, 4)
+        are_fractions = ((boxes >= -MARGIN) & (boxes <= 1 + MARGIN)).all(axis=1)
+        if are_fractions.mean() > 0.5:
+            number = "all" if are_fractions.all() else f"{are_fractions.sum()} of {len(boxes)}"
+            what = f"{number} boxes lie between 0 and 1, as fractions do. Write pixels."
             raise InvalidDatasetError(f"{annotations.source}: {what}")
 
 

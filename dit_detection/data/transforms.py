@@ -171,6 +171,14 @@ class DetectionIterableDataset(data.IterableDataset[dict[str, Any]]):
         self.rows.set_epoch(epoch)
 
 
+def plain_inputs(
+    rows: datasets.Dataset | datasets.IterableDataset, image_processor: ImageProcessor
+) -> DetectionDataset | DetectionIterableDataset:
+    """Rows as a model is fed them when it is evaluated: without augmentation, streamed if they are."""
+    kind = DetectionIterableDataset if isinstance(rows, datasets.IterableDataset) else DetectionDataset
+    return kind(rows, image_processor)
+
+
 def make_generator(*numbers: int) -> torch.Generator:
     """A generator whose seed is mixed from integers, so that neighbours have nothing in common."""
     state = np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1, np.uint64)

@@ -59,10 +59,12 @@ def read_voc(
 
 def _annotation_folders(folder: Path) -> Iterator[Path]:
     for parent in (folder, *split_folders(folder)):
-        for place in (parent / "Annotations", parent / "annotations", parent):
-            if place.is_dir():
-                yield place
-                yield from split_folders(place) if place != parent else ()
+        places = [place for place in (parent / "Annotations", parent / "annotations", parent) if place.is_dir()]
+        if len(places) == 3 and places[0].samefile(places[1]):  # on a file system that ignores case
+            del places[1]
+        for place in places:
+            yield place
+            yield from split_folders(place) if place != parent else ()
 
 
 def _find_splits(folder: Path, problems: ProblemLog) -> dict[str, list[Path]]:

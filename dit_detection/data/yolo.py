@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .annotations import Annotations
-from .dataset_files import IMAGE_SUFFIXES, read_class_list, read_text
+from .dataset_files import IMAGE_SUFFIXES, is_image, read_class_list, read_text
 from .layouts import SPLITS, split_folders, split_of
 from .problems import InvalidDatasetError, ProblemLog
 from .yolo_description import Places, find_description, read_description
@@ -72,6 +72,8 @@ def read_yolo(
         for split, files in images.items()
     }
     _report_orphans(places, images, problems)
+    if file is None:
+        _report_unplaced(folder / "images", images, problems)
     if not listed:
         num_classes = max((max(annotations.labels, default=-1) for annotations in splits.values()), default=-1) + 1
         listed = [str(label) for label in range(num_classes)]
@@ -184,3 +186,11 @@ def _report_orphans(places: dict[str, Places], images: dict[str, list[Path]], pr
         for file in sorted(folder.glob("*.txt")):
             if file.name.lower() not in OTHER_TEXTS and file.stem not in stems:
                 problems.add("label file without image", str(file), f'there is no image "{file.stem}"')
+
+
+def _report_unplaced(folder: Path, images: dict[str, list[Path]], problems: ProblemLog) -> None:
+    """Note the images that are in no split, where others lie in folders of splits."""
+    placed = {image for files in images.values() for image in files}
+    for path in sorted(set(folder.rglob("*")) - placed):
+        if is_image(path):
+            problems.add("image without annotations", str(path), "it is in the folder of no split", str(path))

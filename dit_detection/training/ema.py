@@ -24,7 +24,8 @@ class EmaCallback(TrainerCallback):
             `(1 + step) / (10 + step)`, so that the initial weights are soon forgotten.
 
     Raises:
-        ValueError: If `decay` is not between 0 and 1; when training begins, if the weights are sharded over processes.
+        ValueError: If `decay` is not between 0 and 1; when training begins, if the weights are sharded over processes;
+            after the first step, if the optimizer keeps no state.
 
     Source: Polyak averaging; the warm-up is that of TensorFlow's `ExponentialMovingAverage`.
     """
@@ -65,6 +66,11 @@ class EmaCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Average, and give way to what is evaluated or saved."""
+        if not args.fp16 and not _states(kwargs["optimizer"]):  # float16 may have left the step out
+            raise ValueError(
+                f"ema_decay={self.decay} needs an optimizer that keeps a state, which holds the averages: "
+                f"optim={args.optim.value!r} has none. Take adamw_torch, or leave ema_decay out."
+            )
         averages, weights = [], []
         for weight, values in _states(kwargs["optimizer"]):
             if _SLOT in values:

@@ -15,7 +15,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import SaveStrategy, TrainOutput
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+)
 
 from .checkpoint_files import (
     CHECKSUMS,
@@ -30,6 +37,10 @@ from .ema import EmaCallback
 from .sharded import ShardedTrainer
 
 logger = logging.getLogger(__name__)
+
+# Of a folder with both, `from_pretrained` would load the adapter.
+DETECTOR_FILES = (CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+ADAPTER_FILES = (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
 
 OUT_OF_MEMORY = (
     "Out of memory: {error} Lower --per_device_train_batch_size (raise --gradient_accumulation_steps by as much, and "
@@ -177,9 +188,9 @@ class SafeTrainer(ShardedTrainer):
             self._unfinished = unfinished
             super()._save_checkpoint(model, trial)
             self._unfinished = None
-            # Trainer looked for it beside the one that it wrote.
-            best = run_dir / f"checkpoint-{self.state.best_global_step}"
-            if best.name == folder.name or best.is_dir():
+            # Trainer names it where it was written; a run that is gone on with may have moved.
+            best = run_dir / Path(self.state.best_model_checkpoint or folder).name
+            if self.state.best_model_checkpoint is not None and (best.name == folder.name or best.is_dir()):
                 self.state.best_model_checkpoint = str(best)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -199,6 +210,21 @@ class SafeTrainer(ShardedTrainer):
             ) from error
         finally:
             self._unfinished = None
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As `Trainer`, of the weights that are saved: if the best are to be loaded at the end, others cannot be."""
+        saves = self.control.should_save or self.args.save_strategy == SaveStrategy.BEST
+        if self.args.load_best_model_at_end and not saves:
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As `Trainer`; a detector of an earlier run goes where an adapter is saved, and the other way round."""
+        super()._save(output_dir, state_dict)
+        folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
+        for name in DETECTOR_FILES if hasattr(self.model, "peft_config") else ADAPTER_FILES:
+            if self.args.should_save:
+                (folder / name).unlink(missing_ok=True)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)

@@ -127,6 +127,14 @@ class DetectionTrainer(CardTrainer, SafeTrainer):
                 config.update(self._resumed_anchors)
         return checkpoint
 
+    def _load_callback_state(self) -> None:
+        """As `Trainer`; but patience is what these arguments say, and not those of the checkpoint."""
+        super()._load_callback_state()
+        patience = self.args.early_stopping_patience
+        for callback in self.callback_handler.callbacks if patience is not None else ():
+            if isinstance(callback, EarlyStoppingCallback):
+                callback.early_stopping_patience = patience
+
     def _use_frozen_cache(self, model: nn.Module) -> None:
         """Put what the frozen part of `model` makes of the given data sets in their place."""
         self.train_dataset = self._without_frozen_part(model, self._given_datasets["train"])
