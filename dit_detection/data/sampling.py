@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from .row_format import class_names_of
 
@@ -75,6 +76,18 @@ class EpochCallback(TrainerCallback):
         for part in (train_dataloader.dataset, sampler):
             if part is not None and hasattr(part, "set_epoch"):
                 part.set_epoch(int(state.epoch or 0))
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Called by the Trainer after a pass; those through a stream, whose length is not known, it counts as one."""
+        if not control.should_training_stop and not has_length(train_dataloader):
+            state.epoch = int(state.epoch or 0) + 1
 
 
 def repeat_factors_of(rows: datasets.Dataset, threshold: float) -> np.ndarray:

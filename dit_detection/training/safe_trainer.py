@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import SaveStrategy, TrainOutput
+from transformers.trainer_utils import SaveStrategy, TrainOutput, has_length
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_SAFE_WEIGHTS_NAME,
@@ -120,6 +120,33 @@ class SafeTrainer(ShardedTrainer):
                 raise
             stopped = NonFiniteLossError if isinstance(error, NonFiniteLossError) else TrainingStoppedError
             raise stopped(f"{reason} {kept}".strip()) from error
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """As `Trainer`, which takes the steps of all passes through a stream for those of one (5.23)."""
+        found = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        file = Path(resume_from_checkpoint or "", TRAINER_STATE_NAME)
+        if resume_from_checkpoint is None or has_length(self.train_dataset) or not file.is_file():
+            return found
+        if self.state.global_step >= max_steps:
+            return num_train_epochs, 0  # done
+        saved = TrainerState.load_from_json(str(file))
+        num_passes = int(saved.epoch or 0)
+        share = 0.0 if self.args.ignore_data_skip else (saved.epoch or 0) - num_passes
+        return num_passes, round(share * saved.max_steps * self.args.gradient_accumulation_steps)
+
+    def _run_epoch(self, model: nn.Module, **kwargs: Any) -> None:
+        """As `Trainer`; the pass before, through a stream, may have ended within a step, and left its gradients."""
+        model.zero_grad()
+        super()._run_epoch(model=model, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
