@@ -277,6 +277,15 @@ def test_ids_that_are_no_numbers_are_left_out(run, images, tmp_path):
     assert [found["image_id"] for found in read(tmp_path / "out")] == [0, 1]
 
 
+def test_its_own_pictures_are_not_among_the_images(run, images, tmp_path):
+    """The default place of the predictions lies in the folder that `.` names."""
+    folder = shutil.copytree(images, tmp_path / "images")
+    for options in ([], [], ["--overwrite"]):
+        assert run(folder, folder / "predictions", *options)[0] == 0
+        assert len(read(folder / "predictions")) == 11
+    assert len(list((folder / "predictions" / "pictures").iterdir())) == 11
+
+
 def test_pictures_that_were_not_drawn_are_asked_for_in_vain(run, images, tmp_path):
     assert run(images, tmp_path, "--no_pictures")[0] == 0
     code, printed = run(images, tmp_path)

@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import tiny_training
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 from dit_detection import (
     DetectionTrainer,
     DetectionTrainingArguments,
+    DiTDetectionImageProcessor,
 )
 from dit_detection.data import draw_shapes_dataset
 from dit_detection.training.trainer import PADDING, parameter_groups
@@ -138,6 +141,16 @@ def test_a_resumed_run_keeps_the_anchors_of_its_checkpoint(tiny_model, dataset, 
     assert resumed.model.config.anchor_sizes != anchors["anchor_sizes"]
     resumed.train(resume_from_checkpoint="last")
     assert {name: getattr(resumed.model.config, name) for name in anchors} == anchors
+
+
+def test_one_process_takes_one_gpu(tiny_model, tmp_path, caplog):
+    """`DataParallel`, which Trainer would take for several, cannot cut labels by images."""
+    args = DetectionTrainingArguments(str(tmp_path), use_cpu=True, eval_strategy="no", load_best_model_at_end=False)
+    assert args.n_gpu == 0
+    args._n_gpu = 4  # as on a machine with four
+    with caplog.at_level(logging.WARNING):
+        trainer = DetectionTrainer(tiny_model(), args, processing_class=DiTDetectionImageProcessor(size=64))
+    assert trainer.args.n_gpu == 1 and "accelerate launch --multi_gpu uses all" in caplog.text
 
 
 def test_without_an_image_processor_the_error_says_what_it_is_for():

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="dit-detect predict",
         description=f"{__doc__} Run again, it goes on where it was stopped; with `accelerate launch` it runs on "
-        "several devices. Exit code 1: done, but some images could not be read; their predictions say why.",
+        "several devices. Exit code 3: done, but some images could not be read; their predictions say why.",
     )
     parser.add_argument("checkpoint", help="detector: folder or Hub id")
     parser.add_argument(
@@ -122,7 +122,7 @@ def _open_images(args: argparse.Namespace, state: PartialState, listing: Path) -
         raise InvalidDatasetError(f"{options} are for a data set, not for files and folders.")
     # By one process, so that a file which appears in the meantime is in the list of all or of none.
     if state.is_main_process:
-        list_images(args.images, listing)
+        list_images(args.images, listing, leave_out=Path(args.output_dir) / "pictures")
     state.wait_for_everyone()
     return open_list(listing)
 

@@ -75,18 +75,18 @@ def parse_options(argv: list[str]) -> tuple[PretrainingOptions, PretrainingArgum
     parser = HfArgumentParser(
         (PretrainingOptions, PretrainingArguments), prog="dit-detect pretrain", allow_abbrev=False
     )
-    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    # With dashes or underscores, as argparse takes them.
+    names = {name.partition("=")[0][2:].replace("-", "_") for name in argv if name.startswith("--")}
+    on_cpu = not torch.cuda.is_available()  # Apple's GPUs have no float64, in which the noise schedule is kept
     parser.set_defaults(
         output_dir="outputs",
         use_cpu=on_cpu,
-        bf16=computes_bf16(on_cpu),
+        bf16=computes_bf16(on_cpu) and "fp16" not in names,
         per_device_train_batch_size=32,
         per_device_eval_batch_size=32,
         # On a CPU the workers would take the cores from the model.
         dataloader_num_workers=0 if on_cpu else 4,
     )
-    # With dashes or underscores, as argparse takes them.
-    names = {name.partition("=")[0][2:].replace("-", "_") for name in argv if name.startswith("--")}
     if not {"model", "images", "num_shapes"} & names:
         parser.set_defaults(**EMBEDDED_JOB)
     fixed = sorted(names & {"size", "objective", "image_size"})

@@ -237,4 +237,4 @@ def computes_bf16(on_cpu: bool) -> bool:
     """Whether bf16 is faster here: a CPU without matrix units for it computes it slower than float32."""
     if on_cpu:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

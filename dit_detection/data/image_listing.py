@@ -30,37 +30,47 @@ def is_dataset(source: str) -> bool:
     return not (path.is_absolute() or source.startswith(".") or source.count("/") > 1 or is_image(path))
 
 
-def find_images(folder: str | Path) -> Iterator[str]:
-    """Paths of the images in and below a folder, in the order of their names; links to folders are not followed."""
+def find_images(folder: str | Path, leave_out: Path | None = None) -> Iterator[str]:
+    """
+    Paths of the images in and below a folder, in the order of their names; links to folders are not followed, and the
+    folder `leave_out` is.
+    """
     with os.scandir(folder) as entries:
         ordered = sorted(entries, key=lambda entry: entry.name)
     for entry in ordered:
         if entry.is_dir(follow_symlinks=False):
-            yield from find_images(entry.path)
+            if leave_out is None or Path(entry.path).absolute() != leave_out.absolute():
+                yield from find_images(entry.path, leave_out)
         elif is_image(Path(entry.name)):
             yield entry.path
 
 
-def list_images(sources: Sequence[str], target: Path) -> None:
+def list_images(sources: Sequence[str], target: Path, leave_out: Path | None = None) -> None:
     """
     Write the names of image files, and of all in and below folders, to an Arrow file; no image is opened.
+
+    Args:
+        sources (`Sequence[str]`): Files and folders.
+        target (`Path`): The Arrow file.
+        leave_out (`Path`, *optional*): A folder in them that is not read: that of the pictures of an earlier run.
 
     Raises:
         InvalidDatasetError: A source does not exist, a folder holds no image, or a name is no text.
     """
     unfinished = target.with_suffix(".unfinished")
     try:
-        _write_list(sources, unfinished)
+        _write_list(sources, unfinished, leave_out)
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def _write_list(sources: Sequence[str], target: Path) -> None:
+def _write_list(sources: Sequence[str], target: Path, leave_out: Path | None) -> None:
     with ArrowWriter(features=FILE_FEATURES, path=str(target), writer_batch_size=10_000) as writer:
         for source in sources:
             found = False
-            for path in [source] if os.path.isfile(source) else find_images(source) if os.path.isdir(source) else []:
+            paths = find_images(source, leave_out) if os.path.isdir(source) else [source][: os.path.isfile(source)]
+            for path in paths:
                 if not is_name(path):
                     raise InvalidDatasetError(f"{os.fsencode(path)!r}: the file name is not UTF-8. Rename it.")
                 writer.write({"image": {"bytes": None, "path": path}})

@@ -34,7 +34,7 @@ SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) after the EXIF orientation is applied; reads the header, and of PNG, where it may be last, all."""
+    """(width, height) after the EXIF orientation is applied; of a PNG, whose EXIF may be at its end, all is read."""
     width, height = image.size
     return (height, width) if image.getexif().get(ORIENTATION_TAG) in SIDEWAYS else (width, height)
 

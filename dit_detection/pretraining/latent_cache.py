@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
@@ -71,11 +73,11 @@ def cache_latents(
     """
     folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "dit_detection_latents")
     path = folder / f"{_digest(vae, {**key, 'num_views': num_views, 'num_images': len(views)})}.npy"
-    unfinished = path.with_suffix(".unfinished")
     state = PartialState()
-    state.wait_for_everyone()  # all must have looked before one writes
-    if not path.is_file():
-        state.wait_for_everyone()
+    # Another run may be at the same latents: its file is another, and all processes go by what one has seen.
+    token, is_there = broadcast_object_list([secrets.token_hex(4), path.is_file()])
+    unfinished = path.with_suffix(f".{token}.unfinished")
+    if not is_there:
         vae = vae.to(device).eval()
         sample = encode_pixels(vae, views.get(0, 0)[None].to(device))
         shape = (num_views, len(views), *sample.shape[1:])
@@ -94,8 +96,10 @@ def cache_latents(
         latents.flush()
         del latents
         state.wait_for_everyone()
-        if state.is_main_process:
+        if state.is_main_process and not path.is_file():
             unfinished.replace(path)
+        elif state.is_main_process:
+            unfinished.unlink()  # the other run was first; it may be reading its own
         vae.to("cpu")
     state.wait_for_everyone()
     return CachedLatents(path)
@@ -109,9 +113,9 @@ def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
 
 
 def _digest(vae: Any, key: dict[str, Any]) -> str:
-    digest = hashlib.blake2b(
-        json.dumps({**key, "vae": dict(vae.config)}, sort_keys=True, default=str).encode(), digest_size=16
-    )
+    # Without what diffusers notes of defaults, a set: its order is another one in every process.
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    digest = hashlib.blake2b(json.dumps({**key, "vae": config}, sort_keys=True, default=str).encode(), digest_size=16)
     digest_weights(digest, vae.state_dict().items())
     return digest.hexdigest()
 

@@ -60,6 +60,10 @@ class DetectionTrainer(CardTrainer, SafeTrainer):
         args = DetectionTrainingArguments() if args is None else args
         if not isinstance(args, DetectionTrainingArguments):
             raise TypeError(f"DetectionTrainer needs args of DetectionTrainingArguments, not {type(args).__name__}.")
+        if args.n_gpu > 1:
+            # DataParallel, which Trainer takes for them, would cut labels by their fields and not by images.
+            logger.warning("This process trains on 1 of %d GPUs: accelerate launch --multi_gpu uses all.", args.n_gpu)
+            args._n_gpu = 1
         self._resumed_anchors: dict[str, Any] = {}
         kwargs.setdefault("data_collator", collate_detection)
         kwargs.setdefault("compute_metrics", self._compute_coco_metrics)
@@ -186,8 +190,7 @@ class DetectionTrainer(CardTrainer, SafeTrainer):
         batches, num_matched = match_global_batch(self.model, batches, self.accelerator)
         if self.args.average_tokens_across_devices:
             num_matched = self.accelerator.reduce(num_matched, reduction="sum")
-        # DataParallel, which one process with several GPUs gets, gives each of them an element.
-        return batches, num_matched.expand(self.args.n_gpu) if self.args.n_gpu > 1 else num_matched
+        return batches, num_matched
 
     def prediction_step(
         self,
@@ -271,11 +274,11 @@ def parameter_groups(model: nn.Module, args: DetectionTrainingArguments) -> list
 def _target_rows(labels: Mapping[str, Tensor]) -> Tensor:
     """One image's labels → `(M, 7)`: xyxy in original pixels, label, iscrowd, area in original pixels."""
     height, width = labels["orig_size"].tolist()
-    centers, sides = labels["boxes"].double()[:, :2], labels["boxes"].double()[:, 2:]
+    centers, sides = labels["boxes"].cpu().double().split(2, dim=1)  # Apple's GPUs have no float64
     boxes = torch.cat([centers - sides / 2, centers + sides / 2], dim=1)
     boxes = boxes * boxes.new_tensor([width, height, width, height])
     columns = [labels["class_labels"], labels["iscrowd"], labels["area"]]
-    return torch.cat([boxes.float(), *(column[:, None].float() for column in columns)], dim=1)
+    return torch.cat([boxes.float().to(columns[0].device), *(column[:, None].float() for column in columns)], dim=1)
 
 
 def _pad_rows(tables: list[Tensor], num_rows: int) -> Tensor:
