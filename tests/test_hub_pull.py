@@ -1,8 +1,10 @@
 """A detector pulled from a Hub gives the same boxes with this package and without it, bit for bit."""
 
+import ast
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import sysconfig
@@ -11,12 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from pull_from_hub import pull
+from PIL.ExifTags import Base
+from PIL.Image import Transpose
+from pull_from_hub import THRESHOLD, pull
 from tiny_training import LATENTS
 from transformers import AutoImageProcessor, pipeline
 
 import dit_detection
 from dit_detection import DiTDetectionImageProcessor
+from dit_detection.card.model_card import DetectionModelCardData, create_model_card
 from dit_detection.sharing.push import push_folder
 
 REPO = "someone/cells"
@@ -101,6 +106,32 @@ def test_the_same_boxes_with_and_without_the_package(hub, image, pull_elsewhere,
     auto_map = json.loads((elsewhere / "saved_again" / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModelForObjectDetection"].endswith("modeling_dit_detection.DiTForObjectDetection")
     assert AutoImageProcessor.from_pretrained(elsewhere / "saved_again").nms_threshold == 0.4
+
+
+def test_the_code_of_a_card_runs_as_it_stands_and_turns_photographs_upright(image, tmp_path, monkeypatch, capsys):
+    photograph = Image.open(image)
+    exif = photograph.getexif()
+    exif[Base.Orientation] = 6
+    photograph.transpose(Transpose.ROTATE_90).save(tmp_path / "image.jpg", exif=exif)
+    config = {"id2label": {"0": "red", "1": "white", "2": "platelet"}}
+    card = create_model_card(
+        DetectionModelCardData(model_name="cells", config=config, repo_id=REPO, threshold=THRESHOLD)
+    )
+    blocks = [block.split("```")[0] for block in card.text.split("```python\n")[1:]]
+    monkeypatch.chdir(tmp_path)
+    printed = []
+    for number, block in enumerate(blocks):
+        Path(f"block_{number}.py").write_text(block.replace('"main"', '"read"'))
+        runpy.run_path(f"block_{number}.py")
+        printed.append(capsys.readouterr().out)
+
+    detections = ast.literal_eval(printed[0])
+    assert len(detections) > 3 and max(found["box"]["xmax"] for found in detections) > photograph.height
+    by_hand = [re.fullmatch(r"(\w+) [\d.]+: (\[.*\])", line).groups() for line in printed[1].splitlines()]
+    assert [(label, list(map(int, json.loads(box)))) for label, box in by_hand] == [
+        (found["label"], list(found["box"].values())) for found in detections
+    ]
+    assert Image.open("detections.png").size == photograph.size
 
 
 def test_pipeline_asks_nothing_where_the_package_is_installed(image, monkeypatch):

@@ -12,6 +12,7 @@ import supervision as sv
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
+from transformers.image_utils import load_image
 
 import dit_detection  # noqa: F401 - registers the model with transformers
 
@@ -38,7 +39,7 @@ if __name__ == "__main__":
         )
         return sv.Detections.from_transformers(results[0], id2label=model.config.id2label)
 
-    image = np.array(Image.open(args.image).convert("RGB"))
+    image = np.array(load_image(args.image))
     # Of an object that a tile cuts, the smaller box lies in the larger one: its overlap counts by the smaller area.
     slicer = sv.InferenceSlicer(
         detect, slice_wh=args.tile, overlap_wh=args.overlap, overlap_metric=sv.OverlapMetric.IOS
