@@ -14,7 +14,13 @@ from annotation_folders import (
 from coco_folder import write_images
 from PIL import Image as PILImage
 
-from dit_detection.data import ProblemLog, class_names_of, load_detection_dataset, read_detection_dataset
+from dit_detection.data import (
+    InvalidDatasetError,
+    ProblemLog,
+    class_names_of,
+    load_detection_dataset,
+    read_detection_dataset,
+)
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -158,6 +164,9 @@ def test_group_is_an_element_of_the_xml(tmp_path: Path) -> None:
     groups = {split: {int(name[0]) // 2 for name in objects_of(rows)} for split, rows in parts.items()}
     assert len(groups["train"]) == 2
     assert groups["train"] | groups["validation"] == {0, 1, 2}
+    for path in ("source[@", "/source", "@id", ""):
+        with pytest.raises(InvalidDatasetError, match=r"names of elements, as .*source/database"):
+            load_detection_dataset(tmp_path, validation_fraction=0.3, group_by=path)
 
 
 def test_copy_reads_back(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Pascal VOC: one XML per image, and lists of the images of each split."""
 
 import os
+import re
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from defusedxml.common import DefusedXmlException
 from .annotations import Annotations
 from .dataset_files import ImageFinder, is_name, leads_outside, read_class_list, read_text
 from .layouts import SPLIT_WORDS, SPLITS, split_folders, split_of
-from .problems import ProblemLog
+from .problems import InvalidDatasetError, ProblemLog
 
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 
@@ -43,6 +44,9 @@ def read_voc(
 
     Source: the VOC2012 development kit, http://host.robots.ox.ac.uk/pascal/VOC/voc2012/devkit_doc.pdf
     """
+    if group_by is not None and not re.fullmatch(r"[\w.:-]+(/[\w.:-]+)*", group_by):
+        what = 'of Pascal VOC it is the names of elements, as "source/database"'
+        raise InvalidDatasetError(f"group_by is {group_by!r}, but {what}. Correct it.")
     listed = read_class_list(folder)
     labels = {name: label for label, name in enumerate(listed)}
     splits = {
