@@ -8,6 +8,8 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from .data.image_reading import to_rgb
+
 # Neighbours differ in hue and lightness, so that the first few stay apart for colour-blind readers too.
 PALETTE = (
     *("#0b6cf0", "#f5a300", "#00a878", "#e5352b", "#8e44d6", "#00b8d9", "#d6197c", "#7a9e00", "#ff7043", "#3f4fb5"),
@@ -61,7 +63,7 @@ def draw_detections(
     inverted = (corners[:, 2:] < corners[:, :2]).any(axis=1)
     if inverted.any():
         raise ValueError(f"boxes must be xyxy in pixels, got {corners[inverted][0].tolist()}. Is it xywh?")
-    image = image.convert("RGB")
+    image = to_rgb(image).copy()
     draw = ImageDraw.Draw(image)
     # At 640 by 480 pixels: lines of 2, letters of 13.
     scale = (image.width * image.height) ** 0.5 / 555
@@ -299,4 +301,4 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 def _fitted(image: Image.Image, size: int) -> Image.Image:
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
-    return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    return to_rgb(image).resize((width, height), Image.Resampling.LANCZOS)

@@ -325,6 +325,9 @@ def test_the_commands(pixels, tmp_path, monkeypatch):
 
     with pytest.raises(SystemExit):
         convert.main([str(out), str(tmp_path / "other"), "--timestep", "10"])
+    for target in (out, out / "base"):
+        with pytest.raises(SystemExit):
+            convert.main([str(out), str(target)])
     with pytest.raises(ValueError, match="merge it first: dit-detect convert"):
         train.main([*job, "--model", str(out)])
     # On a detector that fits as it is, that is the base.

@@ -285,6 +285,35 @@ def test_convert_and_train_on(coco_set, tmp_path, capsys):
     assert "test_map_circle" in metrics
 
 
+def test_convert_does_not_write_over_what_it_reads(tmp_path, capsys):
+    write_small_dit(tmp_path, "tiny", 64)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(SystemExit):
+        convert.main([str(tmp_path), str(tmp_path)])
+    assert "Name another folder" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_config_overrides_go_before_other_options(coco_set, tmp_path, capsys):
+    write_small_dit(tmp_path / "dit", "tiny", 64)
+    overrides = {"strides": [8, 16], "neck_channels": 16, "head_channels": [16], "timestep": 150, "condition": None}
+    option = ["--config_overrides", json.dumps(overrides | {"id2label": {"0": "a", "1": "b"}})]
+    convert.main([str(tmp_path / "dit"), str(tmp_path / "detector"), *option])
+    assert "folded at timestep 150" in capsys.readouterr().out
+    config = json.loads((tmp_path / "detector" / "config.json").read_text())
+    assert (config["timestep"], config["id2label"]) == (150, {"0": "a", "1": "b"})
+    job = [*TINY, "--dataset", str(coco_set), "--dry_run", "--output_dir", str(tmp_path / "out")]
+    train.main([*job, "--config_overrides", json.dumps({"timestep": 150})])
+
+
+def test_evaluate_refuses_a_place_for_its_metrics_at_once(trained, coco_set, tmp_path, capsys):
+    output = ["--output", str(tmp_path / "none" / "metrics.json")]
+    with pytest.raises(SystemExit):
+        evaluate.main([str(trained[0]), "--dataset", str(coco_set), *output])
+    printed = capsys.readouterr()
+    assert "there is no folder" in printed.err and "metrics *****" not in printed.out
+
+
 @pytest.mark.slow
 def test_resumes_from_the_last_checkpoint(coco_set, tmp_path):
     job = [*TINY, "--dataset", str(coco_set), "--output_dir", str(tmp_path), "--num_train_epochs", "1"]

@@ -120,6 +120,16 @@ def test_classes_as_integers(tmp_path: Path, listed: str, argument: list[str] | 
     assert objects_of(dataset["train"]) == OBJECTS
 
 
+def test_classes_that_are_named_by_integers_are_matched_by_them(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    write_text(tmp_path / "metadata.csv", CORNERS + "\n".join(BOX_LINES).replace("dog", "2").replace("cat", "1"))
+    names = ["1", "2", "3"]
+    expected = objects_of(load_detection_dataset(tmp_path)["train"])
+    assert objects_of(load_detection_dataset(tmp_path, class_names=names)["train"]) == expected
+    write_text(tmp_path / "classes.txt", "x\ncat\ndog\n")  # what the numbers mean
+    assert objects_of(load_detection_dataset(tmp_path, class_names=["cat", "dog"])["train"]) == OBJECTS
+
+
 def test_column_that_groups(tmp_path: Path) -> None:
     lines = []
     for index in range(8):

@@ -263,6 +263,19 @@ def test_objects_column_with_integers_or_names_for_classes() -> None:
     assert names["train"][0]["objects"]["category"] == [1, 0]
 
 
+def test_classes_that_are_named_by_integers_are_matched_by_them() -> None:
+    """What is read with the names of a detector, as to evaluate it, has the labels with which it was trained."""
+    rows = hub_rows(Value("int64"))
+    rows = rows.map(
+        lambda row: {"objects": row["objects"] | {"category": [n + 1 for n in row["objects"]["category"]]}}
+    )
+    trained = load_detection_dataset(rows)
+    assert class_names_of(trained) == ["1", "2"]
+    again = load_detection_dataset(rows, class_names=["1", "2", "3"])
+    assert class_names_of(again) == ["1", "2", "3"]
+    assert again["train"]["objects"][0]["category"] == trained["train"]["objects"][0]["category"] == [1, 0]
+
+
 def test_objects_column_with_nothing_for_an_empty_list() -> None:
     rows = hub_rows()
     objects = [*rows["objects"][:1], dict.fromkeys(("id", "area", "bbox", "category"))]

@@ -161,6 +161,10 @@ def test_class_names_are_needed_where_features_have_none(tmp_path: Path) -> None
     few = load_detection_dataset(integers, streaming=True, class_names=["cat"])["train"]
     with pytest.raises(InvalidDatasetError, match='field "category" is 1'):
         list(few)
+    with pytest.raises(InvalidDatasetError, match=r"1, 2.*Cast .* to a ClassLabel"):  # is 1 the first, or the second?
+        load_detection_dataset(integers, streaming=True, class_names=["1", "2"])
+    stream = load_detection_dataset(integers, streaming=True, class_names=["0", "1"])["train"]
+    assert without_images(stream) == without_images(train)
 
 
 def test_class_names_are_matched_by_name(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ ROOMS = {
     "export": {"model"},
     "data": {"data"},
     "metrics": set(),
-    "visualize": set(),
+    "visualize": {"data"},
     "small_dit": set(),
     "weight_digest": set(),
     "model": {"model"},

@@ -250,6 +250,41 @@ def test_changed_settings_are_refused_by_name(run, checkpoint, images, tmp_path,
     assert read(tmp_path / "out") == read(tmp_path / "fresh")
 
 
+def test_the_same_checkpoint_at_another_place_is_the_same(run, checkpoint, images, tmp_path, monkeypatch):
+    folder = shutil.copytree(checkpoint, tmp_path / "detector")
+    assert run(images, tmp_path / "out", model=folder)[0] == 0
+    before = stamps(tmp_path / "out" / "shards")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "5.0.0"}))
+    monkeypatch.chdir(tmp_path)
+    for name in ("detector", "./detector", folder.rename(tmp_path / "moved")):
+        code, printed = run(
+            images, tmp_path / "out", "--format", "coco", model=name if Path(name).is_dir() else "moved"
+        )
+        assert code == 0, printed
+    assert stamps(tmp_path / "out" / "shards") == before
+
+
+def test_an_image_too_long_for_a_jpeg_has_a_smaller_picture(run, tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("L", (66_000, 8)).save(tmp_path / "images" / "scan.png")
+    code, printed = run(tmp_path / "images", tmp_path / "out")
+    assert code == 0, printed
+    assert [found["width"] for found in read(tmp_path / "out")] == [66_000]
+    with Image.open(tmp_path / "out" / "pictures" / "00000_scan.jpg") as drawn:
+        assert drawn.width <= 65_500
+
+
+def test_predictions_are_not_written_into_a_data_set(run, images, tmp_path):
+    paths = [str(path) for path in sorted(images.rglob("*.png"))[:2]]
+    rows = Dataset.from_dict({"image": paths}).cast_column("image", ImageFeature())
+    (tmp_path / "set").mkdir()
+    rows.to_parquet(tmp_path / "set" / "a.parquet")
+    code, printed = run(tmp_path / "set", tmp_path / "set" / "out")
+    assert code == 2 and "--output_dir" in printed and "outside" in printed
+    assert run(tmp_path / "set", tmp_path / "out")[0] == 0
+
+
 def test_nothing_is_overwritten_before_all_is_found(run, images, tmp_path):
     assert run(images, tmp_path / "out")[0] == 0
     before = stamps(tmp_path / "out")

@@ -51,6 +51,12 @@ def test_any_mode_comes_back_as_rgb(mode):
     assert draw_detections(blank(mode=mode), [[10, 10, 90, 90]], ["cell"]).mode == "RGB"
 
 
+def test_sixteen_bits_are_scaled():
+    values = np.linspace(0, 65535, 100 * 100).reshape(100, 100).astype(np.uint16)
+    for drawn in (draw_detections(Image.fromarray(values), [], []), draw_grid([Image.fromarray(values)])):
+        assert (np.asarray(drawn) == 255).mean() < 0.5
+
+
 @pytest.mark.parametrize("size", [(1, 1), (8, 5), (40, 300), (300, 40), (640, 480), (3000, 2000)])
 @pytest.mark.parametrize("ground_truth", [False, True])
 def test_any_image_size_and_boxes_over_its_edges_can_be_drawn(size, ground_truth):

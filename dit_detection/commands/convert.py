@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoImageProcessor
 
-from ..adapters import is_adapter, load_detector
+from ..adapters import BASE, is_adapter, load_detector
 from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
 from ..model.modeling_dit_detection import DiTForObjectDetection
 from .train_options import read_json_option
@@ -31,26 +31,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: that of the source")
     parser.add_argument("--config_overrides", default="{}", help="more of DiTDetectionConfig: JSON, or a JSON file")
     args = parser.parse_args(argv)
+    source, target = Path(args.source).resolve(), Path(args.output_dir).resolve()
+    if target in (source, source / BASE):
+        parser.error(f"{args.output_dir} has what is converted, which would be written over. Name another folder.")
 
     if is_adapter(args.source):
         if vars(args) != vars(parser.parse_args([args.source, args.output_dir])):
             parser.error(f"{args.source} is an adapter: all is settled by its base, and no option can change it.")
-        if Path(args.source).resolve() == Path(args.output_dir).resolve():
-            parser.error(f"{args.source}: two kinds of weights do not share a folder. Name another one.")
         load_detector(args.source).save_pretrained(args.output_dir)
         AutoImageProcessor.from_pretrained(args.source).save_pretrained(args.output_dir)
         print(f"The adapter is merged into its base: {args.output_dir}")
         return
 
+    fields = {
+        "timestep": args.timestep,
+        "condition": args.condition,
+        "id2label": dict(enumerate(args.labels)) if args.labels else None,
+    }
     model = DiTForObjectDetection.from_diffusers(
         args.source,
         vae=None if args.vae == "none" else args.vae,
-        timestep=args.timestep,
-        condition=args.condition,
-        id2label=dict(enumerate(args.labels)) if args.labels else None,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         family=args.family,
-        **read_json_option("config_overrides", args.config_overrides),
+        **(fields | read_json_option("config_overrides", args.config_overrides)),
     )
     model.save_pretrained(args.output_dir)
     DiTDetectionImageProcessor(size=args.image_size).save_pretrained(args.output_dir)
@@ -62,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, part in parts.items():
         if part is not None:
             print(f"{name:>15}: {sum(parameter.numel() for parameter in part.parameters()) / 1e6:8.2f} M parameters")
+    config = model.config
     print(
-        f"Blocks {model.config.out_indices} are tapped, folded at timestep {args.timestep}; deeper ones are left out. "
+        f"Blocks {config.out_indices} are tapped, folded at timestep {config.timestep}; deeper ones are left out. "
         f"Neck and head are random: train them with `dit-detect train --model {Path(args.output_dir)} --dataset …`."
     )

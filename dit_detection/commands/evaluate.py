@@ -15,7 +15,7 @@ from ..data.transforms import plain_inputs
 from ..inference.batch_predictor import model_class_names
 from ..training.trainer import DetectionTrainer
 from ..training.training_args import DetectionTrainingArguments
-from .shared_options import add_data_options, data_arguments
+from .shared_options import add_data_options, data_arguments, refuse_output
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     args = parser.parse_args(argv)
     if args.class_names is not None:
         parser.error(f"--class_names: the classes are those of {args.checkpoint}.")
+    if args.output:
+        refuse_output(parser, "output", args.output, is_picture=False)
 
     model = load_detector(args.checkpoint)
     # In the order of the checkpoint's labels, whatever order the annotations have.

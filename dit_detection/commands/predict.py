@@ -115,6 +115,12 @@ def _open_images(args: argparse.Namespace, state: PartialState, listing: Path) -
     if any(map(is_dataset, args.images)):
         if len(args.images) > 1:
             raise InvalidDatasetError(f"{', '.join(args.images)}: name one data set, or image files and folders.")
+        source = Path(args.images[0])
+        if source.is_dir() and Path(args.output_dir).resolve().is_relative_to(source.resolve()):
+            raise InvalidDatasetError(
+                f"--output_dir {args.output_dir} lies in the data set, which from then on would have the predictions "
+                "among its rows. Name a folder outside."
+            )
         with state.main_process_first():  # the others find in the cache what it prepares
             return open_dataset(args.images[0], args.dataset_config_name, args.split, args.revision, args.streaming)
     if args.streaming or args.dataset_config_name or args.split or args.revision:

@@ -239,16 +239,15 @@ def _make_detector(
             if args.process_index == 0:
                 write_small_dit(source, model_args.random_dit, max(model_args.image_size), args.seed)
         overrides = {"base_model": None} | overrides
+    fields = {name: getattr(model_args, name) for name in ("timestep", "condition", "attn_implementation")}
     # Weights that are trained stay in float32, whatever the file holds; autocast computes in bf16.
     model = DiTForObjectDetection.from_diffusers(
         source,
         vae=None if model_args.vae == "none" else model_args.vae,
-        timestep=model_args.timestep,
-        condition=model_args.condition,
         id2label=id2label_of(dataset),
         dtype=torch.float32,
         family=model_args.family,
-        **({"attn_implementation": model_args.attn_implementation} | overrides),
+        **(fields | overrides),
     )
     height, width = model_args.image_size[0], model_args.image_size[-1]
     if fits_anchors and isinstance(dataset, IterableDatasetDict):

@@ -167,7 +167,8 @@ def read_class_names(
 
     Returns:
         `tuple[list[str], dict]`: Names in the order of the labels, and the label of each value in the data. Without a
-        `ClassLabel` the classes are the values that occur, integers or names, sorted; integers have `class_names`.
+        `ClassLabel` the classes are the values that occur, integers or names, sorted; integers that are no names in
+        `class_names` are places in it.
 
     Raises:
         InvalidDatasetError: A split lacks a column, or the splits have different classes.
@@ -189,9 +190,11 @@ def read_class_names(
         names = next(iter(named.values()))
         return names, {label: label for label in range(len(names))}
     ordered = sorted(values - {None})
-    if class_names is not None and all(map(is_integer, ordered)):
+    found = list(map(str, ordered))
+    # Classes that are named "1", "2", … are so because their numbers were all there was: of a detector, say.
+    if class_names is not None and all(map(is_integer, ordered)) and not set(found) <= set(class_names):
         return list(class_names), {label: label for label in range(len(class_names))}
-    return [str(value) for value in ordered], {value: label for label, value in enumerate(ordered)}
+    return found, {value: label for label, value in enumerate(ordered)}
 
 
 def read_objects_column(dataset: Dataset, labels: Mapping[Any, int], source: str, problems: ProblemLog) -> Annotations:

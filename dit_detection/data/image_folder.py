@@ -182,10 +182,12 @@ def _read_classes(
     if len(numbers) < len(values):
         names = listed or sorted(map(str, values))
         return names, {name: label for label, name in enumerate(names)}
+    order = sorted(set(numbers.values()))
+    found = list(map(str, order))
     names = listed or list(class_names or [])
-    if not names:
-        order = sorted(set(numbers.values()))
-        return list(map(str, order)), {value: order.index(number) for value, number in numbers.items()}
+    # Classes that are named "1", "2", … are so because their numbers were all there was: of a detector, say.
+    if not names or (not listed and set(found) <= set(names)):
+        return found, {value: order.index(number) for value, number in numbers.items()}
     return names, {value: number for value, number in numbers.items() if number < len(names)}
 
 

@@ -79,6 +79,9 @@ def _class_labels(
 ) -> tuple[list[str], dict[Any, int]]:
     """Class names, and the label of each value of "category"."""
     named: dict[str, list[str]] = {}
+    given = list(class_names or [])
+    # Of classes "1", "2", … the number 1 may be a name or a place; of "0", "1", … both are the same.
+    is_ambiguous = all(map(str.isdecimal, given)) and given != list(map(str, range(len(given))))
     for split, rows in splits.items():
         if rows.features is None or "image_id" not in rows.features:
             raise InvalidDatasetError(
@@ -89,6 +92,12 @@ def _class_labels(
         category = getattr(category, "feature", category)
         if isinstance(category, ClassLabel):
             named[split] = list(category.names)
+        elif is_ambiguous and category.dtype != "string":
+            raise InvalidDatasetError(
+                f'{source}, split "{split}": its categories are numbers, and so are the names of the classes, '
+                f"{', '.join(given)}: whether 1 is a name or a place among them, a stream cannot tell. "
+                "Cast the field category to a ClassLabel, or read the data set without streaming."
+            )
     names = next(iter(named.values()), None)
     if names is None and class_names is None:
         raise InvalidDatasetError(

@@ -23,6 +23,10 @@ from .batch_predictor import detect_processed, model_class_names
 from .prediction_formats import Prediction, detections_of, prediction_of, unreadable
 from .prediction_shards import PredictionShards
 
+# Of a configuration, what says nothing of what is found.
+PLACE_AND_VERSION = ("_name_or_path", "transformers_version")
+JPEG_SIDE = 65_500  # pixels that libjpeg writes at most
+
 
 class _Item(NamedTuple):
     """An image to be read."""
@@ -108,7 +112,8 @@ def settings_of(model: Any, image_processor: Any, images: Dataset | IterableData
     Images count by their names, their `image_id` and, where a data set holds them, the length of their bytes. Of a
     stream, only the number of its parts is known.
     """
-    digest = hashlib.blake2b(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode(), digest_size=16)
+    fields = {key: value for key, value in model.config.to_dict().items() if key not in PLACE_AND_VERSION}
+    digest = hashlib.blake2b(json.dumps(fields, sort_keys=True, default=str).encode(), digest_size=16)
     digest_weights(digest, model.state_dict().items())
     settings = {"checkpoint": digest.hexdigest(), **more, "image_processor": image_processor.to_dict()}
     if isinstance(images, IterableDataset):
@@ -208,4 +213,5 @@ def _draw(folder: Path, batch: _Batch, class_names: Sequence[str]) -> None:
                 class_names=class_names,
             )
             # The number keeps equal names of different folders apart; a stem leads to no other folder.
+            picture.thumbnail((JPEG_SIDE, JPEG_SIDE))
             picture.save(folder / f"{number:05d}_{PurePath(entry['file']).stem[:60]}.jpg", quality=90)
