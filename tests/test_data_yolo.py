@@ -101,6 +101,9 @@ def test_cvat_export(tmp_path: Path) -> None:
     train = load_detection_dataset(tmp_path)["train"]
     assert list(objects_of(train)) == ["b.png", "a.png"]
     assert objects_of(train) == OBJECTS
+    write_text(tmp_path / "obj.names", "\ncat\ndog\n")  # is 0 the empty line, or the cat?
+    with pytest.raises(InvalidDatasetError, match=r"obj\.names: line 1 is empty"):
+        load_detection_dataset(tmp_path)
 
 
 def test_only_a_description_that_is_named_may_point_elsewhere(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from dit_detection.data.dataset_files import read_class_list
 from dit_detection.inference.prediction_formats import (
     prediction_of,
     to_coco,
@@ -130,6 +131,12 @@ def test_files_hold_what_the_functions_give(tmp_path):
     with pytest.raises(ValueError, match="'voc'"):
         write_predictions(predictions, tmp_path, "voc", NAMES)
     assert not list(tmp_path.rglob("*.unfinished"))
+
+
+def test_the_lines_of_yolos_classes_are_the_classes(tmp_path):
+    names = ["#1", "two\nlines", "a\u2028b"]
+    path = write_predictions(make_predictions(), tmp_path, "yolo", names)
+    assert read_class_list(path) == ["#1", "two lines", "a b"]
 
 
 def test_a_file_that_could_not_be_finished_leaves_the_earlier_one(tmp_path):

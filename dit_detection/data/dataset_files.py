@@ -57,21 +57,33 @@ def read_text(file: Path) -> str:
 
 
 def read_class_list(folder: Path, names: Iterable[str] = ("classes.txt", "labels.txt", "labelmap.txt")) -> list[str]:
+    """The classes of the first of these files that a folder has, as of [`read_classes`]; empty if it has none."""
+    files = (folder / name for name in names)
+    return next((read_classes(file) for file in files if file.is_file()), [])
+
+
+def read_classes(file: Path) -> list[str]:
     """
-    The classes of the first of these files that a folder has, one a line; empty if it has none.
+    Classes, one a line.
 
     CVAT's `labelmap.txt` starts with a comment, has `name:color:parts:actions` in each line and a class "background".
+
+    Raises:
+        InvalidDatasetError: A line is no class, so that numbers would mean other classes than the user thinks; or
+            [`check_class_names`] refuses them.
     """
-    for file in (folder / name for name in names):
-        if file.is_file():
-            lines = [line.strip() for line in read_text(file).splitlines()]
-            lines = [line for line in lines if line and not line.startswith("#")]
-            if file.name == "labelmap.txt":
-                lines = [line.partition(":")[0] for line in lines]
-                lines = [line for line in lines if line != "background"]
-            check_class_names(lines, str(file))
-            return lines
-    return []
+    lines = [line.strip() for line in read_text(file).rstrip().splitlines()]
+    if file.name == "labelmap.txt":
+        lines = [line.partition(":")[0] for line in lines if line and not line.startswith("#")]
+        lines = [line for line in lines if line != "background"]
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            raise InvalidDatasetError(f"{file}: line {number} is empty. Remove it, or write the class there.")
+        if re.match(r"#+\s", line):  # "#1" may be a class
+            what = f"line {number}, {line!r:.80}, reads as a comment, which a list of classes cannot have"
+            raise InvalidDatasetError(f"{file}: {what}. Remove the line, or give the class another name.")
+    check_class_names(lines, str(file))
+    return lines
 
 
 def check_class_names(names: Iterable[object], source: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from .dataset_files import check_class_names, is_image, is_name, read_text
+from .dataset_files import check_class_names, is_image, is_name, read_classes, read_text
 from .layouts import SPLIT_WORDS
 from .problems import InvalidDatasetError, ProblemLog
 
@@ -138,8 +138,7 @@ def _read_darknet(file: Path) -> dict[str, Any]:
 def _read_names(content: dict[Any, Any], file: Path, bases: list[Path], root: Path | None) -> list[str]:
     names = content.get("names")
     if is_name(names):  # Darknet has them in a file of their own
-        lines = read_text(_resolve(names, bases, root, file)).splitlines()
-        names = [line.strip() for line in lines if line.strip()]
+        names = read_classes(_resolve(names, bases, root, file))
     elif isinstance(names, dict):
         if set(names) != set(range(len(names))):
             raise InvalidDatasetError(f'{file}: key "names" must count its classes from 0 without gaps.')

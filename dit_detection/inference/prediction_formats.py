@@ -159,7 +159,8 @@ def write_predictions(
         return _write(folder / "coco.json", _coco(predictions, class_names))
     if format != "yolo":
         raise ValueError(f'format is {format!r}; it must be "json", "coco" or "yolo".')
-    _write(folder / "yolo" / "classes.txt", (f"{name}\n" for name in class_names))
+    # A line is a class: one of two lines would move all that follow.
+    _write(folder / "yolo" / "classes.txt", (f"{' '.join(name.splitlines())}\n" for name in class_names))
     folders = {os.path.dirname(os.path.abspath(prediction["file"])) for prediction in predictions}
     root = os.path.commonpath(folders) if folders else ""
     names: dict[str, str] = {}
