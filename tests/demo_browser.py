@@ -6,15 +6,17 @@ A real browser on the demo page, for the tests and for the picture in the README
 
 import argparse
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 REMEDY = "no Chromium on this machine: apt-get install chromium, or uv run playwright install chromium"
+TIMEOUT = 120_000  # milliseconds; the machine may be busy
 
 
 def find_chromium() -> str | None:
@@ -44,9 +46,11 @@ def chromium(path: str) -> Iterator[Browser]:
 
 def open_page(browser: Browser, url: str) -> Page:
     page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(120_000)  # the machine may be busy
+    page.set_default_timeout(TIMEOUT)
     page.goto(url)
-    page.wait_for_selector("#files input[type=file]", state="attached")
+    # Gradio fetches each kind of part on its own, so they come in any order.
+    for part in ("#files input[type=file]", "#summary", "#picture", "#table [role=grid]", "#confidence input"):
+        page.wait_for_selector(part, state="attached")
     return page
 
 
@@ -54,8 +58,9 @@ def drop(page: Page, files: Sequence[str | os.PathLike], where: str = "files") -
     page.set_input_files(f"#{where} input[type=file]", [os.fspath(file) for file in files])
 
 
-def wait_for_summary(page: Page, text: str) -> str:
-    page.wait_for_function("text => document.querySelector('#summary').innerText.includes(text)", arg=text)
+def wait_for_summary(page: Page, text: str | re.Pattern[str]) -> str:
+    """What the page says, once it says `text`."""
+    expect(page.locator("#summary")).to_contain_text(text, use_inner_text=True, timeout=TIMEOUT)
     return page.inner_text("#summary")
 
 

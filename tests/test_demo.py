@@ -3,6 +3,7 @@ import importlib.metadata
 import io
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -17,8 +18,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from demo_browser import REMEDY, chromium, drop, find_chromium, open_page, wait_for_summary
+from demo_browser import REMEDY, TIMEOUT, chromium, drop, find_chromium, open_page, wait_for_summary
 from PIL import Image
+from playwright.sync_api import expect
 
 from dit_detection import DiTDetectionImageProcessor
 from dit_detection.commands import demo as command
@@ -457,8 +459,10 @@ def browser():
         yield browser
 
 
-def count_rows(page):
-    return int(page.get_attribute("#table [role=grid]", "aria-rowcount")) - 1
+def wait_for_objects(page, count):
+    """Until the summary and the table (which has a row of headings) have that many."""
+    wait_for_summary(page, re.compile(rf"^\s*{count} object"))
+    page.wait_for_selector(f"#table [role=grid][aria-rowcount='{count + 1}']")
 
 
 def download(page, format):
@@ -485,7 +489,7 @@ def test_in_a_browser(detector, browser, picture, tmp_path):
         summary = wait_for_summary(page, good.name)
         count = int(summary.split()[0])
         page.wait_for_selector("#picture img")
-        page.wait_for_function(f"document.querySelector('#table [role=grid]').ariaRowCount == {count + 1}")
+        wait_for_objects(page, count)
         assert count > 0 and model.num_runs == 1
         before = page.get_attribute("#picture img", "src")
 
@@ -499,15 +503,14 @@ def test_in_a_browser(detector, browser, picture, tmp_path):
         page.press("#confidence input[type=number]", "Tab")
         expected = sum(score > threshold for score in scores)
         assert 0 < expected < count
-        wait_for_summary(page, f"{expected} object")
-        page.wait_for_function("src => document.querySelector('#picture img').src != src", arg=before)
-        page.wait_for_function(f"document.querySelector('#table [role=grid]').ariaRowCount == {expected + 1}")
+        wait_for_objects(page, expected)
+        expect(page.locator("#picture img")).not_to_have_attribute("src", before, timeout=TIMEOUT)
 
         # One class less.
         page.click("#classes label >> nth=1")
         others = [item for item in predictions[0]["detections"] if item["label_id"] != 1 and item["score"] > threshold]
-        wait_for_summary(page, f"{len(others)} object")
-        assert NAMES[1] not in page.inner_text("#summary")
+        wait_for_objects(page, len(others))
+        expect(page.locator("#summary")).not_to_contain_text(NAMES[1], use_inner_text=True, timeout=TIMEOUT)
         found, name = download(page, "json")
         (shown,) = json.loads(found.read_text())
         assert name == "predictions.json" and shown["file"] == good.name
@@ -522,12 +525,13 @@ def test_in_a_browser(detector, browser, picture, tmp_path):
 
         # Another visitor has a page of their own.
         other = open_page(browser, served.local_url)
-        assert "No image yet" in other.inner_text("#summary")
+        wait_for_summary(other, "No image yet")
         broken = tmp_path / "broken.jpg"
         broken.write_bytes(good.read_bytes()[:200])
         drop(other, [broken])
+        # The message first, as it goes after some seconds.
+        expect(other.locator(".toast-wrap")).to_contain_text("broken.jpg", use_inner_text=True, timeout=TIMEOUT)
         wait_for_summary(other, "broken.jpg cannot be read")
-        assert "broken.jpg" in other.inner_text(".toast-wrap")
         assert good.name in page.inner_text("#summary")
         # The page lives on: a folder, a click on its second image, and the camera.
         folder = tmp_path / "folder"
