@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from .commands import check, convert, demo, evaluate, export, predict, pretrain, preview, push, serve, train
-from .training.safe_trainer import TrainingStoppedError
+from .training.fault_tolerant_trainer import TrainingStoppedError
 
 COMMANDS = {
     "check": check,

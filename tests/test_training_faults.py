@@ -30,7 +30,7 @@ from dit_detection import (
 )
 from dit_detection.data import draw_shapes_dataset
 from dit_detection.training.checkpoint_files import checkpoints_of, damage_of, last_whole_checkpoint
-from dit_detection.training.safe_trainer import NonFiniteLossError, TrainingStoppedError
+from dit_detection.training.fault_tolerant_trainer import NonFiniteLossError, TrainingStoppedError
 
 # Whole trainings: together they take longer than all the fast tests may.
 pytestmark = pytest.mark.slow

@@ -345,16 +345,10 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
         Returns:
             `torch.Tensor` of shape `(B, A)`, int64: A row of the labels, `BACKGROUND` (-1) or `IGNORE` (-2).
         """
-        stride, inputs = self.config.token_stride, pixel_values
-        if inputs is not None:
-            canvas = list(inputs.shape[2:])
-            token_grid = [-(-side // stride) for side in canvas]
-        else:
-            inputs, cell = (frozen_states, 1) if latents is None else (latents, self.config.patch_size)
-            token_grid = [side // cell for side in inputs.shape[2:4]]  # type: ignore[union-attr]
-            canvas = [side * stride for side in token_grid]
-        sizes = _image_sizes(canvas, inputs, pixel_mask, labels)  # type: ignore[arg-type]
-        shapes = feature_shapes_of(token_grid, stride, self.config.strides)
+        stride, canvas = self.config.token_stride, self._canvas_of(pixel_values, latents, frozen_states)
+        inputs = next(given for given in (pixel_values, latents, frozen_states) if given is not None)
+        sizes = _image_sizes(canvas, inputs, pixel_mask, labels)
+        shapes = feature_shapes_of([-(-side // stride) for side in canvas], stride, self.config.strides)
         anchors, level_sizes, valid = self._place_anchors(shapes, sizes)
         return self.detection_loss.match(anchors, level_sizes, valid, make_targets(labels, sizes))
 
@@ -399,11 +393,7 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
         logits, deltas = self.head(feature_maps)  # (B, A, num_labels), (B, A, 4)
 
         shapes = [feature_map.shape[-2:] for feature_map in feature_maps]
-        if pixel_values is None:  # made of a canvas that was padded to a whole number of tokens
-            token_grid = features.feature_maps.shape[-2:]  # type: ignore[union-attr]
-            canvas = [side * self.config.token_stride for side in token_grid]
-        else:
-            canvas = list(pixel_values.shape[-2:])
+        canvas = self._canvas_of(pixel_values, latents, frozen_states)
         sizes = _image_sizes(canvas, logits, pixel_mask, labels)  # (B, 2)
         anchors, level_sizes, valid = self._place_anchors(shapes, sizes)  # (A, 4), per level, (B, A)
 
@@ -440,6 +430,15 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
             hidden_states=features.hidden_states,
             attentions=features.attentions,
         )
+
+    def _canvas_of(
+        self, pixel_values: Tensor | None, latents: Tensor | None, frozen_states: Tensor | None
+    ) -> list[int]:
+        """(height, width) of the inputs in pixels; encoded ones are of a canvas of whole tokens."""
+        if pixel_values is not None:
+            return list(pixel_values.shape[-2:])
+        encoded, cell = (frozen_states, 1) if latents is None else (latents, self.config.patch_size)
+        return [side // cell * self.config.token_stride for side in encoded.shape[2:4]]  # type: ignore[union-attr]
 
     def _place_anchors(self, shapes: list[tuple[int, int]], sizes: Tensor) -> tuple[Tensor, list[int], Tensor]:
         """Anchors `(A, 4)` of feature maps, how many a level has, and which lie in the images `(B, A)`, not beside."""

@@ -21,11 +21,12 @@ from ..data import DetectionDataset, EpochCallback, RepeatFactorSampler, collate
 from ..metrics import CocoMetric
 from .card_trainer import CardTrainer
 from .ema import EmaCallback
+from .fault_tolerant_trainer import NonFiniteLossError
 from .frozen_cache import cache_frozen
 from .frozen_dataset import FrozenDataset
 from .global_batch import match_global_batch
 from .hp_search import eval_map, hp_space
-from .safe_trainer import NonFiniteLossError, SafeTrainer
+from .safe_trainer import SafeTrainer
 from .training_args import DetectionTrainingArguments
 
 logger = logging.getLogger(__name__)
