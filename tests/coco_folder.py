@@ -1,10 +1,14 @@
-"""A small COCO data set for tests: two images of 40 x 30 pixels, three objects, category ids with a gap."""
+"""
+COCO data sets for tests. The one that is not drawn: two images of 40 x 30 pixels, three objects, ids with a gap.
+"""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from dit_detection.data import draw_shapes_dataset
 
 WIDTH, HEIGHT = 40, 30
 
@@ -41,4 +45,24 @@ def write_coco(folder: Path, content: Any = None) -> Path:
     """One split, "train", as `annotations_train.json` and `images/`."""
     write_images(folder / "images")
     write_json(folder / "annotations_train.json", coco_content() if content is None else content)
+    return folder
+
+
+def write_shapes_as_coco(folder: Path) -> Path:
+    """Drawn shapes on 64 x 64 pixels: four images to train on, two for validation, three to test."""
+    dataset = draw_shapes_dataset(4, 2, 3, image_size=64)
+    names = dataset["train"].features["objects"]["category"].feature.names
+    (folder / "images").mkdir()
+    for split, short in {"train": "train", "validation": "val", "test": "test"}.items():
+        images, annotations = [], []
+        for row in dataset[split]:
+            file_name = f"{split}_{row['image_id']}.png"
+            row["image"].save(folder / "images" / file_name)
+            images.append({"id": row["image_id"], "file_name": file_name, "width": 64, "height": 64})
+            for box, label in zip(row["objects"]["bbox"], row["objects"]["category"], strict=True):
+                annotation = {"id": len(annotations) + 1, "image_id": row["image_id"], "category_id": label + 1}
+                annotations.append({**annotation, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
+        categories = [{"id": index + 1, "name": name} for index, name in enumerate(names)]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        write_json(folder / f"annotations_{short}.json", content)
     return folder

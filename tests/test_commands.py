@@ -6,43 +6,22 @@ from pathlib import Path
 
 import pytest
 from annotation_folders import copy_as_voc, copy_as_yolo
-from coco_folder import write_images
+from coco_folder import write_images, write_shapes_as_coco
 from PIL import Image
-from tiny_training import label_fields
+from tiny_training import TINY, label_fields
 
 from dit_detection import DiTDetectionImageProcessor, InvalidDatasetError, cli, id2label_of, load_detection_dataset
-from dit_detection.anchor_fit import AnchorSetting, best_anchor_ious, boxes_of, coverage
 from dit_detection.card.model_card import DetectionModelCardData
-from dit_detection.commands import convert, evaluate, predict, train, train_options
-from dit_detection.commands.train_options import parse_options, read_json_option, shown_command
+from dit_detection.commands import convert, evaluate, predict, train
 from dit_detection.data import draw_shapes_dataset
-from dit_detection.data.statistics import read_table
 from dit_detection.small_dit import DETECTORS, write_small_dit
 
 ROOT = Path(__file__).parents[1]
-TINY = ["--random_dit", "tiny", "--image_size", "48", "64", "--bf16", "False", "--disable_tqdm", "True"]
 
 
 @pytest.fixture(scope="module")
 def coco_set(tmp_path_factory):
-    """Drawn shapes as a COCO folder with three splits."""
-    folder = tmp_path_factory.mktemp("coco")
-    dataset = draw_shapes_dataset(4, 2, 3, image_size=64)
-    names = dataset["train"].features["objects"]["category"].feature.names
-    (folder / "images").mkdir()
-    for split, short in {"train": "train", "validation": "val", "test": "test"}.items():
-        images, annotations = [], []
-        for row in dataset[split]:
-            file_name = f"{split}_{row['image_id']}.png"
-            row["image"].save(folder / "images" / file_name)
-            images.append({"id": row["image_id"], "file_name": file_name, "width": 64, "height": 64})
-            for box, label in zip(row["objects"]["bbox"], row["objects"]["category"], strict=True):
-                annotation = {"id": len(annotations) + 1, "image_id": row["image_id"], "category_id": label + 1}
-                annotations.append({**annotation, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
-        categories = [{"id": index + 1, "name": name} for index, name in enumerate(names)]
-        content = {"images": images, "annotations": annotations, "categories": categories}
-        (folder / f"annotations_{short}.json").write_text(json.dumps(content))
-    return folder
+    return write_shapes_as_coco(tmp_path_factory.mktemp("coco"))
 
 
 @pytest.fixture(scope="module")
@@ -112,32 +91,6 @@ def test_evaluate_reads_classes_in_the_order_of_the_checkpoint(trained, coco_set
     assert again["test_map_circle"] == pytest.approx(metrics["test_map_circle"], abs=1e-6)
 
 
-def test_a_dry_run_trains_nothing(coco_set, tmp_path, capsys):
-    arguments = ["--dataset", str(coco_set), "--freeze_layers", "-1", "--dry_run", "--output_dir", str(tmp_path)]
-    assert train.main([*TINY, *arguments]) == {}
-    told = capsys.readouterr().out
-    for words in ("4 to train on, 2 for validation", "4 of 4 blocks", "1 per epoch, 50 in all", "--cache_frozen"):
-        assert words in told, told
-    assert not (tmp_path / "model.safetensors").exists()
-
-
-def test_a_new_detector_has_anchors_that_fit_the_boxes(coco_set, tmp_path, monkeypatch):
-    configs = []
-    monkeypatch.setattr(train, "describe_cost", lambda model, *more: configs.append(model.config) or "")
-    job = [*TINY, "--dataset", str(coco_set), "--output_dir", str(tmp_path), "--dry_run"]
-    own = {"anchor_sizes": DETECTORS["tiny"]["anchor_sizes"]}
-    for more in ([], ["--config_overrides", json.dumps(own)]):
-        train.main([*job, *more])
-    fitted, given = configs
-    assert given.anchor_sizes == own["anchor_sizes"]
-    table = read_table("train", load_detection_dataset(str(coco_set))["train"], (48, 64))
-    covered = [
-        coverage(best_anchor_ious(*boxes_of(table), AnchorSetting.from_config(config))[0])["covered"]
-        for config in (fitted, given)
-    ]
-    assert covered[0] > covered[1]
-
-
 @pytest.mark.slow
 def test_training_from_the_cache_of_frozen_states(coco_set, tmp_path):
     arguments = ["--dataset", str(coco_set), "--num_train_epochs", "2", "--freeze_layers", "-1", "--num_views", "2"]
@@ -175,24 +128,6 @@ def test_what_was_set_aside_from_a_stream_can_be_evaluated_again(tmp_path):
     assert again["validation_loss"] == pytest.approx(trained["validation_loss"], abs=1e-4)
     stored = evaluate.main([str(tmp_path / "out"), *data[:2], *data[3:], "--split", "validation"])
     assert stored["validation_loss"] != pytest.approx(trained["validation_loss"], abs=1e-4)  # of other images
-
-
-def test_classes_are_those_of_the_data(coco_set, tmp_path):
-    job = [*TINY, "--dataset", str(coco_set), "--output_dir", str(tmp_path), "--dry_run"]
-    with pytest.raises(ValueError, match="gives id2label, num_labels: the classes are those of --dataset"):
-        train.main([*job, "--config_overrides", '{"num_labels": 3, "id2label": {"0": "cell"}}'])
-
-
-@pytest.mark.parametrize(("option", "value"), [("config_overrides", "nothing.json"), ("augmentation", "[1]")])
-def test_options_in_json_say_what_is_wrong(option, value):
-    with pytest.raises(ValueError, match=f"--{option} "):
-        train.main([*TINY, f"--{option}", value, "--dry_run"])
-
-
-def test_options_in_json_may_be_files(tmp_path):
-    path = tmp_path / "anchors.json"
-    path.write_text('{"aspect_ratios": [1.0]}')
-    assert read_json_option("config_overrides", str(path)) == {"aspect_ratios": [1.0]}
 
 
 @pytest.mark.slow
@@ -294,18 +229,6 @@ def test_convert_does_not_write_over_what_it_reads(tmp_path, capsys):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_config_overrides_go_before_other_options(coco_set, tmp_path, capsys):
-    write_small_dit(tmp_path / "dit", "tiny", 64)
-    overrides = {"strides": [8, 16], "neck_channels": 16, "head_channels": [16], "timestep": 150, "condition": None}
-    option = ["--config_overrides", json.dumps(overrides | {"id2label": {"0": "a", "1": "b"}})]
-    convert.main([str(tmp_path / "dit"), str(tmp_path / "detector"), *option])
-    assert "folded at timestep 150" in capsys.readouterr().out
-    config = json.loads((tmp_path / "detector" / "config.json").read_text())
-    assert (config["timestep"], config["id2label"]) == (150, {"0": "a", "1": "b"})
-    job = [*TINY, "--dataset", str(coco_set), "--dry_run", "--output_dir", str(tmp_path / "out")]
-    train.main([*job, "--config_overrides", json.dumps({"timestep": 150})])
-
-
 def test_evaluate_refuses_a_place_for_its_metrics_at_once(trained, coco_set, tmp_path, capsys):
     output = ["--output", str(tmp_path / "none" / "metrics.json")]
     with pytest.raises(SystemExit):
@@ -343,23 +266,6 @@ def test_a_finished_run_writes_its_card_again(trained, coco_set, tmp_path):
     assert "resume" not in card and f"--num_train_epochs 1 --output_dir {copy}" in card
     steps = [json.loads((where / "trainer_state.json").read_text())["global_step"] for where in (folder, copy)]
     assert steps[0] == steps[1]
-
-
-@pytest.mark.parametrize(
-    "said",
-    [
-        ["--resume_from_checkpoint", "last"],
-        ["--resume-from-checkpoint=last"],
-        ["--hub_token", "hf_secret"],
-        ["--hub-token=hf_secret"],
-    ],
-)
-def test_the_command_that_is_shown_neither_resumes_nor_tells_tokens(said):
-    rest = ["--dataset", "my images", "--push_to_hub", "--seed", "0"]
-    for place in range(len(rest) + 1):
-        if place not in (1, 4):  # between an option and its value
-            shown = shown_command([*rest[:place], *said, *rest[place:]])
-            assert shown == "dit-detect train --dataset 'my images' --push_to_hub --seed 0"
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate", "predict", "convert_dit", "check", "preview", "export"])
@@ -410,66 +316,6 @@ def test_the_embedded_job_reaches_its_map(tmp_path):
     assert "`small-dit`" in card and "random weights" not in card
     metrics = json.loads((tmp_path / "outputs" / "test_results.json").read_text())
     assert metrics["test_map_50"] >= 0.80
-
-
-def test_what_a_detector_has_settled_is_refused(tiny_model, coco_set, tmp_path):
-    tiny_model().save_pretrained(tmp_path)
-    DiTDetectionImageProcessor(size=64).save_pretrained(tmp_path)
-    for option in (["--timestep", "10"], ["--condition", "1"], ["--vae", "none"], ["--image_size", "96"]):
-        with pytest.raises(ValueError, match=rf"{option[0]} .*is a detector"):
-            train.main(["--model", str(tmp_path), "--dataset", str(coco_set), *option])
-
-
-@pytest.mark.parametrize(
-    ("options", "rate", "decay", "frozen"),
-    [
-        ([], 1e-3, 0.85, 3),
-        (["--random_dit=small"], 1e-3, 1.0, None),
-        (["--random-dit", "small"], 1e-3, 1.0, None),
-        (["--model", "a-dit"], 1e-4, 0.85, None),
-        (["--learning_rate", "3e-4", "--freeze_layers", "0"], 3e-4, 0.85, 0),
-    ],
-)
-def test_rates_and_frozen_blocks_are_those_of_the_dit(options, rate, decay, frozen, tmp_path):
-    model_args, _, args = parse_options(["--dataset", "x", "--output_dir", str(tmp_path), *options])
-    assert (args.learning_rate, args.layer_decay, model_args.freeze_layers) == (rate, decay, frozen)
-
-
-def test_one_precision_alone_is_the_one_that_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_options, "computes_bf16", lambda on_cpu: True)
-    for options, fp16, bf16 in (([], False, True), (["--fp16", "True"], True, False), (["--fp16"], True, False)):
-        args = parse_options(["--dataset", "x", "--output_dir", str(tmp_path), *options])[2]
-        assert (args.fp16, args.bf16) == (fp16, bf16)
-
-
-def test_class_weights_stay_with_their_classes(tiny_model, coco_set, tmp_path):
-    """A detector that was trained with weights goes on with them; for other classes it has none."""
-    weights = [1.0, 2.0, 0.5, 1.0, 1.5]
-    options = [*TINY[2:5], "--bf16", "False", "--disable_tqdm", "True", "--dataset", str(coco_set), "--max_steps", "1"]
-    names = id2label_of(load_detection_dataset(coco_set))
-    for kind, id2label, expected in (("same", names, weights), ("other", dict(enumerate("abcde")), None)):
-        label2id = {name: label for label, name in id2label.items()}
-        given = tiny_model(num_labels=5, id2label=id2label, label2id=label2id, class_weights=weights)
-        given.save_pretrained(tmp_path / kind)
-        DiTDetectionImageProcessor(size={"max_height": 48, "max_width": 64}).save_pretrained(tmp_path / kind)
-        train.main([*options, "--model", str(tmp_path / kind), "--output_dir", str(tmp_path / "out" / kind)])
-        assert json.loads((tmp_path / "out" / kind / "config.json").read_text())["class_weights"] == expected
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        (["--datas", "x"], "--datas"),  # would be read as --dataset, with the embedded job's settings
-        (["--image_size", "64", "64", "64"], "a side, or height and width"),
-        (["--image_size", "0"], "a side, or height and width"),
-        (["--model", "x", "--random_dit", "tiny"], "--random_dit tiny stands in the place of --model x"),
-        (["--streaming", "--max_steps", "1", "--test_fraction", "0.1"], "--test_fraction needs to see all"),
-    ],
-)
-def test_options_that_cannot_be_meant(option, message, capsys):
-    with pytest.raises((SystemExit, ValueError)) as error:
-        train.main(option)
-    assert message in f"{capsys.readouterr().err} {error.value}"
 
 
 def test_the_console_says_what_is_wrong_without_a_traceback(monkeypatch, tmp_path):

@@ -27,6 +27,8 @@ LATENTS: dict[str, Any] = {
     "in_channels": 4,
     "patch_size": 4,
 }
+# Options of `dit-detect train`.
+TINY = ["--random_dit", "tiny", "--image_size", "48", "64", "--bf16", "False", "--disable_tqdm", "True"]
 
 
 def label_fields(dataset: Any) -> dict[str, Any]:
