@@ -10,6 +10,11 @@ arms get the same images, views, canvas and number of image passes; the detector
 as ours took. No side starts from weights that have seen COCO or ImageNet. What is tested is the last weights, once:
 no checkpoint is chosen.
 
+    python scripts/experiments.py --large --arms random tuned --fractions 0.1
+    python scripts/experiments.py --large --arms random tuned --fractions 0.1 --table
+
+The same with a larger budget, for the parts of the table that are named.
+
     python scripts/experiments.py --sweep matcher
     python scripts/experiments.py --sweep matcher --table
 
@@ -40,12 +45,14 @@ def main() -> None:
     from scripts.evidence.probing import print_probes
     from scripts.evidence.records import Records
     from scripts.evidence.running import Runner
-    from scripts.evidence.settings import DATASETS, SEEDS, table_plan
+    from scripts.evidence.settings import DATASETS, table_plan
     from scripts.evidence.sweeps import sweep_plan
     from scripts.evidence.table import results_table, sweep_table
 
     parser = make_parser()
     args = parser.parse_args()
+    if args.large and args.sweep:
+        parser.error("--large is a budget of the table; a --sweep has its own.")
     try:
         if args.probe:
             print_probes(args.data, args.pretrained, args.datasets or DATASETS)
@@ -58,7 +65,7 @@ def main() -> None:
             )
         else:
             parts = {"arms": args.arms, "datasets": args.datasets, "fractions": args.fractions, "seeds": args.seeds}
-            given = {name: value for name, value in parts.items() if value}
+            given = {name: value for name, value in parts.items() if value} | {"large": args.large}
             plan = [("", settings) for settings in table_plan(runner.weights, **given)]
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -66,7 +73,7 @@ def main() -> None:
         if args.sweep:
             print(sweep_table(records, plan, args.metric))
         else:
-            print(results_table(records, runner.weights, args.metric, args.seeds or SEEDS))
+            print(results_table(records, runner.weights, args.metric, **given))
         return
     missing = [(option, settings) for option, settings in plan if records.find(settings) is None]
     if args.plan:
@@ -101,6 +108,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--fractions", nargs="+", type=float, metavar="SHARE", help="of the labels: 0.1 0.3 1")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after these")
+    parser.add_argument(
+        "--large", action="store_true", help="twice the passes, and sides of the canvas a third longer"
+    )
     parser.add_argument("--sweep", choices=SWEEPS, help="compare settings on the validation split")
     parser.add_argument("--probe", action="store_true", help="linear classifiers of the DiT's tokens")
     parser.add_argument("--table", action="store_true", help="print the results and run nothing")

@@ -83,6 +83,24 @@ def test_the_plan_runs_a_seed_everywhere_before_the_next_and_leaves_out_what_has
     ]
 
 
+def test_the_larger_budget_is_another_table(tmp_path):
+    part = {"arms": ["random", "tuned"], "datasets": ["cards"], "fractions": [0.1]}
+    plan = list(table_plan({("general", "cards"): "g" * 16}, **part, large=True))
+    assert [(s.arm, s.seed) for s in plan] == [(arm, seed) for seed in range(3) for arm in part["arms"]]
+    # Sides of 256 and 192 pixels, a third longer: 341 is not a whole number of tokens.
+    assert {(s.passes, s.canvas) for s in plan} == {(2 * PASSES, (336, 256))}
+    records = Records(tmp_path / "results.jsonl")
+    for settings in plan:
+        records.add(make_record(settings, map=0.5 if settings.arm == "tuned" else 0.3))
+    records.add(make_record(settings_of("random", "cards", 0.1, 0), map=0.1))
+    table = results_table(records, {}, **part, large=True)
+    assert "| (a) random init, all blocks trained | 30.0 ± 0.0 (3) |" in table
+    assert "| (c) against (a) random init, all blocks trained | +20.0 (3 : 0) |" in table
+    assert "missing" not in table and "bccd" not in table
+    assert "1 records of other" in table
+    assert "| 10.0 (1) |" in results_table(records, {}, **part)
+
+
 def test_records_are_found_by_their_settings_and_never_added_twice(tmp_path):
     path = tmp_path / "folder" / "results.jsonl"
     records = Records(path)

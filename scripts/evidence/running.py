@@ -3,6 +3,7 @@
 import datetime
 import gc
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class Runner:
     def reference_minutes(self, settings: Settings) -> float | None:
         """What the reference took for the cell of these settings on such a machine; `None` before it has run."""
         cell = settings_of(REFERENCE_ARM, settings.dataset, settings.fraction, settings.seed)
+        cell = replace(cell, passes=settings.passes, canvas=settings.canvas)
         record = self.records.find(cell)
         if record is None or record["hardware"] != self.machine.describe():
             return None

@@ -7,9 +7,6 @@ from typing import Any
 
 from .settings import ARMS, Settings, settings_of
 
-# Sides stay a whole number of tokens.
-TOKEN = 16
-
 
 @dataclass(frozen=True)
 class Sweep:
@@ -175,5 +172,4 @@ def sweep_plan(
         for option, changes in sweep.options.items():
             changes = dict(changes)
             scale = changes.pop("canvas_scale", 1)
-            height, width = (TOKEN * round(scale * side / TOKEN) for side in base.canvas)
-            yield option, base.with_changes({"canvas": (height, width), **changes})
+            yield option, base.scaled(scale).with_changes(changes)

@@ -18,7 +18,15 @@ Runs = dict[tuple[Line, Cell], dict[int, Record]]  # by seed
 
 
 def results_table(
-    records: Records, weights: dict[tuple[str, str], str], metric: str = "map", seeds: Sequence[int] = SEEDS
+    records: Records,
+    weights: dict[tuple[str, str], str],
+    metric: str = "map",
+    *,
+    arms: Sequence[str] = tuple(ARMS),
+    datasets: Sequence[str] = DATASETS,
+    fractions: Sequence[float] = FRACTIONS,
+    seeds: Sequence[int] = SEEDS,
+    large: bool = False,
 ) -> str:
     """
     The table of all arms: mean ± standard deviation over the seeds (their number), in points of a hundred; then what
@@ -30,10 +38,12 @@ def results_table(
         weights (`dict`): Fingerprints of the pretrained weights by kind and data set. For an arm that has none there,
             those of the records are taken, if they are all the same.
         metric (`str`): A metric that the records have.
+        arms, datasets, fractions, seeds: Parts of the table.
+        large (`bool`): With the larger budget ([`Settings.enlarged`]).
     """
-    runs = _collect(records, weights, seeds)
-    lines = [(name, budget) for name, arm in ARMS.items() for budget in (BUDGETS if arm.is_baseline else ["passes"])]
-    cells = [(dataset, fraction) for dataset in DATASETS for fraction in FRACTIONS]
+    lines = [(name, budget) for name in arms for budget in (BUDGETS if ARMS[name].is_baseline else ["passes"])]
+    cells = [(dataset, fraction) for dataset in datasets for fraction in fractions]
+    runs = _collect(records, table_plan(_weights_of(records) | weights, arms, datasets, fractions, seeds, large=large))
 
     scores = [
         [_title(line), *(_mean_and_spread(_values(runs, line, cell, metric)) for cell in cells)] for line in lines
@@ -62,7 +72,7 @@ def results_table(
     if machines:
         parts.append("Machines: " + "; ".join(f"{name} ({count} runs)" for name, count in machines.items()) + ".")
     if others:
-        parts.append(f"{others} records of other recipes or seeds are left out.")
+        parts.append(f"{others} records of other recipes, parts or budgets are left out.")
     return "\n\n".join(parts)
 
 
@@ -87,10 +97,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
-def _collect(records: Records, weights: dict[tuple[str, str], str], seeds: Sequence[int]) -> Runs:
-    weights = _weights_of(records) | weights
+def _collect(records: Records, plan: Iterable[Settings]) -> Runs:
     runs: Runs = {}
-    for settings in table_plan(weights, seeds=seeds):
+    for settings in plan:
         record = records.find(settings)
         if record is not None:
             key = (settings.arm, settings.budget), (settings.dataset, settings.fraction)
