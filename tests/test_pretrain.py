@@ -200,6 +200,27 @@ def test_a_dry_run_tells_and_leaves_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_on_latents_tells_how_long_they_take(tmp_path, capsys):
+    latent_pipeline().save_pretrained(tmp_path / "source")
+    argv = [*QUIET, "--model", str(tmp_path / "source"), "--num_shapes", "3", "--num_views", "2"]
+    told = []
+    for checkpointing in ("False", "True"):
+        options = ["--gradient_checkpointing", checkpointing, "--output_dir", str(tmp_path / "run"), "--dry_run"]
+        assert pretrain.main([*argv, *options]) == {}
+        told.append(capsys.readouterr().out)
+        assert " more, once, for 6 views" in told[-1]
+    assert told[0] != told[1]
+
+
+def test_gradient_checkpointing_costs_operations_and_saves_memory():
+    torch.manual_seed(0)
+    model = DiffusionModel(new_dit("small", 128), new_scheduler("sample", on_pixels=True))
+    plain, checkpointed = (step_cost(model, 64, torch.float32, flag) for flag in (False, True))
+    # The blocks, nearly all of it, go forward twice: four thirds of the operations.
+    assert checkpointed[0] == pytest.approx(4 / 3 * plain[0], rel=0.05)
+    assert checkpointed[1] < 0.75 * plain[1]
+
+
 def test_costs_are_counted_without_touching_the_model():
     torch.manual_seed(0)
     model = DiffusionModel(new_dit("tiny", 32), new_scheduler("sample", on_pixels=True))

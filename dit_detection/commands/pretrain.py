@@ -26,7 +26,7 @@ from ..pretraining.latent_cache import cache_latents
 from ..pretraining.new_dit import new_dit, new_scheduler
 from ..pretraining.pipeline_folder import load_pipeline, save_pipeline
 from ..pretraining.pretraining_card import PretrainingFacts, write_pretraining_card
-from ..pretraining.run_cost import measure_step, step_cost
+from ..pretraining.run_cost import measure_encoding, measure_step, step_cost
 from .dry_run import duration_text, size_text
 from .pretrain_options import PretrainingOptions, parse_options
 from .train_options import shown_command
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         rows = _list_images(options, image_size, args.seed)
     if options.dry_run:
         if args.process_index == 0:
-            print(_describe_cost(model, args, len(rows)))
+            print(_describe_cost(model, vae, options, args, len(rows)))
         return {}
     images = _read_images(rows, options, args, image_size)
     train, held_out = _datasets(images, options, args, model, vae)
@@ -198,10 +198,14 @@ def _facts(
     )
 
 
-def _describe_cost(model: DiffusionModel, args: PretrainingArguments, num_images: int) -> str:
-    """A table of parameters, operations, memory and time of the run that `args` describe."""
+def _describe_cost(
+    model: DiffusionModel, vae: Any, options: PretrainingOptions, args: PretrainingArguments, num_images: int
+) -> str:
+    """A table of parameters, operations, memory and time of the run that the options describe."""
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    flops, num_bytes = step_cost(model, args.per_device_train_batch_size, dtype)
+    flops, num_bytes = step_cost(model, args.per_device_train_batch_size, dtype, args.gradient_checkpointing)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     seconds = measure_step(model.to(args.device), args.per_device_train_batch_size, dtype)
     seconds *= args.gradient_accumulation_steps
     images = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
@@ -216,5 +220,9 @@ def _describe_cost(model: DiffusionModel, args: PretrainingArguments, num_images
         ("step", f"{seconds:.2f} seconds for {images} images, measured just now; reading images comes on top"),
         ("time", f"about {duration_text(seconds * args.max_steps)} for {args.max_steps} steps"),
     ]
+    if vae is not None:
+        num_views = options.num_views * num_images
+        encoding = measure_encoding(vae, _image_size(model, vae), args.device) * num_views / args.world_size
+        lines.append(("latents", f"about {duration_text(encoding)} more, once, for {num_views} views"))
     table = "\n".join(f"  {name:<12}{text}" for name, text in lines)
     return f"What this run would take (nothing was trained):\n{table}"

@@ -22,6 +22,8 @@ from .image_views import Views
 
 logger = logging.getLogger(__name__)
 
+BATCH_SIZE = 8
+
 
 class CachedLatents:
     """
@@ -50,7 +52,7 @@ def cache_latents(
     num_views: int,
     key: dict[str, Any],
     device: torch.device,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     cache_dir: str | Path | None = None,
 ) -> CachedLatents:
     """
