@@ -278,8 +278,10 @@ def test_frozen_blocks_are_cached(base, dataset, tmp_path):
             logging_strategy="steps",
             logging_steps=1,
         )
+        trained_on = tiny_training.TrainedOn()
+        trainer.add_callback(trained_on)
         trainer.train()
-        assert isinstance(trainer.train_dataset, FrozenDataset) == cached
+        assert isinstance(trained_on.datasets[0], FrozenDataset) == cached
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6) and len(losses[0]) == 6
 

@@ -35,10 +35,10 @@ def dataset():
 
 @pytest.fixture
 def make_trainer(tiny_model, dataset, tmp_path):
-    def make(model=None, **arguments):
+    def make(model=None, more=None, **arguments):
         arguments = {"num_train_epochs": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-3, **arguments}
         model = model or tiny_model(**label_fields(dataset))
-        return tiny_training.make_trainer(model, dataset, tmp_path, **arguments)
+        return tiny_training.make_trainer(model, dataset, tmp_path, more, **arguments)
 
     return make
 
@@ -177,6 +177,46 @@ def test_streamed_splits_are_counted_by_what_came_through(make_trainer, dataset,
     assert data.split_sizes["test"] == 5 and data.class_counts["test"] == count_objects(dataset["test"])
     assert set(data.fingerprints) == {"train", "validation"}
     assert (tmp_path / "predictions.jpg").is_file()
+
+
+def test_metrics_of_the_user_are_told_without_a_report(make_trainer, dataset, tmp_path):
+    calls = []
+
+    def compute_metrics(prediction):
+        calls.append(prediction)
+        return {"map": 0.5, "of_mine": 1.0}
+
+    trainer = make_trainer(more={"compute_metrics": compute_metrics})
+    trainer.train()
+    trainer.evaluate(inputs(trainer, dataset["test"].to_iterable_dataset()), metric_key_prefix="test")
+    assert len(calls) == 3  # two epochs, and the test
+    trainer.create_model_card(dataset_name="a stream")
+    data = saved(tmp_path)
+    assert (data.metrics, data.metrics_split, data.report) == ({"map": 0.5}, "test", None)
+    card = (tmp_path / "README.md").read_text()
+    assert "Without objects" not in card and "recall" not in card and "None" not in card
+
+
+def test_the_batch_size_that_was_found_is_told(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(
+        auto_find_batch_size=True,
+        per_device_train_batch_size=4,
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+    )
+    forward = trainer.model.forward
+
+    def too_large(pixel_values, **kwargs):
+        if len(pixel_values) > 2:
+            raise RuntimeError("CUDA out of memory.")
+        return forward(pixel_values=pixel_values, **kwargs)
+
+    monkeypatch.setattr(trainer.model, "forward", too_large)
+    trainer.train()
+    trainer.create_model_card()
+    assert trainer._train_batch_size < 4
+    assert saved(tmp_path).hyperparameters["images per step"] == trainer._train_batch_size
 
 
 def test_a_split_without_objects_has_a_card(make_trainer, dataset, tmp_path):

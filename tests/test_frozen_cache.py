@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_training import TrainedOn
 
 from dit_detection import (
     DetectionAugmentation,
@@ -345,7 +346,10 @@ def train_losses(model, rows, folder, **arguments):
         train_dataset=make_dataset(rows),
         eval_dataset=make_dataset(rows, "validation", augment=False),
     )
+    trained_on = TrainedOn()
+    trainer.add_callback(trained_on)
     trainer.train()
+    assert isinstance(trained_on.datasets[0], FrozenDataset) == trainer.args.cache_frozen
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     return losses, [entry["eval_loss"] for entry in history if "eval_loss" in entry], trainer
@@ -362,7 +366,6 @@ def test_training_from_the_cache_is_training_without_it(make_model, rows, tmp_pa
     assert len(losses) == 9 and len(set(losses)) == 9
     assert cached_losses == pytest.approx(losses, abs=1e-6, rel=1e-6)
     assert cached_eval_losses == pytest.approx(eval_losses, abs=1e-6, rel=1e-6)
-    assert isinstance(trainer.train_dataset, FrozenDataset)
     # Data that come later are seen as they are.
     metrics = trainer.evaluate(make_dataset(rows, "validation", augment=False))
     assert metrics["eval_loss"] == pytest.approx(eval_losses[-1], abs=1e-6, rel=1e-6)
@@ -395,11 +398,13 @@ def test_each_trial_and_each_freezing_has_a_cache_of_its_own(make_model, rows, t
     for _ in range(2):
         trainer.train()
         assert len(list((tmp_path / "cache").iterdir())) == len(trained) - 1
-    trainer = DetectionTrainer(make_model(2), arguments, **more)
+    trained_on = TrainedOn()
+    trainer = DetectionTrainer(make_model(2), arguments, callbacks=[trained_on], **more)
     for num_layers in (2, 1):
         trainer.model.freeze_backbone(num_layers)
         trainer.train()
-        assert trainer.train_dataset.num_frozen_layers == num_layers
+    assert [dataset.num_frozen_layers for dataset in trained_on.datasets] == [2, 1]
+    assert trainer.train_dataset is more["train_dataset"]
 
 
 @pytest.mark.slow

@@ -38,6 +38,47 @@ def test_defaults_need_no_knowledge_of_the_trainer():
     assert arguments.eval_strategy == arguments.save_strategy == "epoch"
 
 
+@pytest.mark.parametrize(
+    ("metric", "is_greater_better"), [("map", True), ("map_50", True), ("loss", False), ("eval_loss", False)]
+)
+def test_the_best_is_the_smallest_loss_or_the_largest_of_all_else(metric, is_greater_better):
+    arguments = DetectionTrainingArguments(
+        "unused", use_cpu=True, metric_for_best_model=metric, lr_scheduler_type="reduce_lr_on_plateau"
+    )
+    assert arguments.greater_is_better is is_greater_better
+    assert arguments.lr_scheduler_kwargs["mode"] == ("max" if is_greater_better else "min")
+
+
+def test_a_rising_map_is_no_plateau(make_trainer, monkeypatch):
+    trainer = make_trainer(
+        num_train_epochs=4, lr_scheduler_type="reduce_lr_on_plateau", lr_scheduler_kwargs={"patience": 0}
+    )
+    maps = iter([0.1, 0.2, 0.3, 0.2])
+    monkeypatch.setattr(trainer, "compute_metrics", lambda prediction: {"map": next(maps)})
+    trainer.train()
+    # Logged before the evaluation of the epoch: that of the last one, which was worse, comes after.
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates == [1e-4] * 4
+    assert max(group["lr"] for group in trainer.optimizer.param_groups) == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("label_smoothing_factor", 0.1), ("eval_do_concat_batches", False), ("prediction_loss_only", True)],
+)
+def test_options_that_cannot_work_are_refused_at_once(option, value):
+    with pytest.raises(ValueError, match=f"{option}={value} does not go with detection"):
+        DetectionTrainingArguments("unused", use_cpu=True, **{option: value})
+
+
+def test_images_without_labels_cannot_be_measured(make_trainer):
+    trainer = make_trainer()
+    images = [{"pixel_values": torch.zeros(3, 64, 64), "pixel_mask": torch.ones(64, 64)}] * 2
+    trainer.data_collator = lambda rows: {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    with pytest.raises(ValueError, match="have no labels"):
+        trainer.predict(images)
+
+
 def test_learning_rates_by_hand(tiny_model):
     model = tiny_model()  # 2 blocks
     arguments = DetectionTrainingArguments(

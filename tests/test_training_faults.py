@@ -477,3 +477,24 @@ def test_the_best_is_one_that_is_saved(make_trainer, tmp_path, left_by_another_r
     assert trainer.state.best_model_checkpoint == str(tmp_path / "run" / "checkpoint-4")
     assert {"checkpoint-4", "checkpoint-8"} <= {path.name for path in checkpoints_of(tmp_path / "run")}
     assert_equal(trainer.model.state_dict(), saved)
+
+
+def test_the_best_is_found_where_the_run_was_moved_to(build, tmp_path):
+    scores = iter([0.5, 0.3, 0.2, 0.1])
+    arguments = {
+        "compute_metrics": lambda predictions: {"score": next(scores)},
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "save_total_limit": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "score",
+    }
+    build(tmp_path / "run", **arguments, max_steps=4).train()
+    saved = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
+    os.rename(tmp_path / "run", tmp_path / "elsewhere")
+    trainer = build(tmp_path / "elsewhere", **arguments, max_steps=8)
+    trainer.train(resume_from_checkpoint="last")
+    assert trainer.state.best_global_step == 2
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "elsewhere" / "checkpoint-2")
+    assert_equal(trainer.model.state_dict(), saved)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
+
 from dit_detection import (
     DetectionDataset,
     DetectionTrainer,
@@ -29,6 +31,16 @@ LATENTS: dict[str, Any] = {
 }
 # Options of `dit-detect train`.
 TINY = ["--random_dit", "tiny", "--image_size", "48", "64", "--bf16", "False", "--disable_tqdm", "True"]
+
+
+class TrainedOn(TrainerCallback):
+    """Remembers the data sets that training read from."""
+
+    def __init__(self) -> None:
+        self.datasets: list[Any] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.datasets.append(kwargs["train_dataloader"].dataset)
 
 
 def label_fields(dataset: Any) -> dict[str, Any]:

@@ -27,7 +27,9 @@ def class_table(data: DetectionModelCardData) -> tuple[list[str], list[list[str]
         header += ["AP, IoU 0.50", "precision", "recall"]
     rows, undefined = [], []
     for index, (label, name) in enumerate(data.id2label.items()):
-        value = data.metrics.get(_class_key(label, name), -1)
+        value = data.metrics.get(_class_key(label, name))
+        if value is None:  # of metrics that are not ours
+            continue
         if value < 0:
             undefined.append(escaped(name))
             continue
@@ -36,7 +38,7 @@ def class_table(data: DetectionModelCardData) -> tuple[list[str], list[list[str]
             one = data.report.classes[index]
             row += [_number(one.ap_50), _number(one.precision), _number(one.recall)]
         rows.append(row)
-    return header, rows, undefined if data.metrics else []
+    return header, rows, undefined
 
 
 def threshold_text(data: DetectionModelCardData) -> str | None:

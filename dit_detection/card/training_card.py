@@ -51,14 +51,15 @@ class Evaluation:
         prefix (`str`): Of its metrics: "eval" for the validation split, or the name of the split.
         step (`int`): Of the training that made the weights.
         metrics (`dict[str, float]`): With the prefix.
-        images (`list[ImageDetections]`): What was found, each image once, by id.
+        images (`list[ImageDetections]`, *optional*): What was found, each image once, by id; not known if the metrics
+            are the user's own.
         dataset (`Any`): What was evaluated.
     """
 
     prefix: str
     step: int
     metrics: Mapping[str, float]
-    images: list[ImageDetections]
+    images: list[ImageDetections] | None
     dataset: Any
 
     @property
@@ -98,6 +99,7 @@ def training_facts(
     log_history: Sequence[Mapping[str, Any]],
     datasets_by_split: Mapping[str, Any],
     evaluations: Mapping[str, Evaluation],
+    images_per_step: int,
 ) -> dict[str, Any]:
     """
     Fields of [`DetectionModelCardData`] that follow from a training and its evaluations, but for the report.
@@ -108,6 +110,7 @@ def training_facts(
         log_history (`Sequence[Mapping]`): Of the trainer's state.
         datasets_by_split (`Mapping[str, Any]`): What it was trained and validated on.
         evaluations (`Mapping[str, Evaluation]`): Of its weights, by prefix.
+        images_per_step (`int`): In all processes.
     """
     facts: dict[str, Any] = {
         "model_name": Path(args.output_dir).resolve().name,
@@ -119,7 +122,7 @@ def training_facts(
         "versions": {name: version(name) for name in ("torch", "transformers", "diffusers", "dit_detection")},
         "hyperparameters": {
             **_length(args),
-            "images per step": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+            "images per step": images_per_step,
             "learning rate": args.learning_rate,
             "weight decay": args.weight_decay,
             "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
@@ -147,8 +150,7 @@ def training_facts(
             facts["dataset_name"] = rows.info.dataset_name or facts["dataset_name"]
             facts["split_sizes"][split] = len(rows)
             facts["class_counts"][split], facts["fingerprints"][split] = _counts_and_fingerprint(rows)
-        elif split in by_split:  # a stream: known is what came through
-            images = by_split[split].images
+        elif split in by_split and (images := by_split[split].images):  # a stream: known is what came through
             facts["split_sizes"][split] = len(images)
             labels = np.concatenate([image.expected[:, 4] for image in images]).astype(np.int64)
             counts = np.bincount(labels, minlength=len(names))
@@ -174,12 +176,16 @@ def report_facts(evaluations: Mapping[str, Evaluation], id2label: Mapping[int, s
     held_out = held_out_of(evaluations)
     if held_out is None:
         return {}
-    threshold = None if validation is None else choose_threshold(validation.images, id2label)
-    report, _ = report_detections(held_out.images, id2label, DEFAULT_THRESHOLD if threshold is None else threshold)
     metrics = {key.removeprefix(f"{held_out.prefix}_"): value for key, value in held_out.metrics.items()}
-    return {
+    facts: dict[str, Any] = {
         "metrics": {key: float(value) for key, value in metrics.items() if key.startswith(("map", "mar_"))},
         "metrics_split": held_out.split,
+    }
+    if not held_out.images:
+        return facts
+    threshold = None if validation is None else choose_threshold(validation.images or [], id2label)
+    report, _ = report_detections(held_out.images, id2label, DEFAULT_THRESHOLD if threshold is None else threshold)
+    return facts | {
         "threshold": report.threshold,
         "threshold_split": None if threshold is None or validation is None else validation.split,
         "report": report,
@@ -226,7 +232,7 @@ def write_pictures(
     """
     pictures = plot_card(data)
     rows = None if held_out is None else getattr(held_out.dataset, "rows", None)
-    if held_out is not None and data.report is not None and rows is not None:
+    if held_out is not None and held_out.images and data.report is not None and rows is not None:
         _, errors = report_detections(held_out.images, data.id2label, data.report.threshold)
         chosen = {
             "sample_picture": evenly_spaced(errors, NUM_SAMPLES),

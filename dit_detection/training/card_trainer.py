@@ -38,10 +38,11 @@ class CardTrainer(SharingTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.card_facts: dict[str, Any] = {}
-        # What was given, with its images: training may go on from what a frozen part made of them.
-        self._given_datasets = {"train": self.train_dataset, VALIDATION: self.eval_dataset}
+        # While training goes on from what a frozen part made of them: the data sets with their images.
+        self._replaced_datasets: dict[str, Any] | None = None
         self._evaluations = Evaluations()
-        self._images: list[ImageDetections] = []
+        # What the evaluation that is going on has found; `None` if others than ours compute its metrics.
+        self._images: list[ImageDetections] | None = None
         # Minutes and step of the training that is gone on with.
         self._before: tuple[float, int | None] | None = None
         self._started: float | None = None
@@ -57,6 +58,7 @@ class CardTrainer(SharingTrainer):
         best_is_loaded = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
         if best_is_loaded and not isinstance(self.eval_dataset, dict) and EVAL not in self._evaluated():
             # The best step was before an interruption. The threshold is chosen by what it finds.
+            self._images = None
             evaluated = self.predict(self.eval_dataset, metric_key_prefix=EVAL)
             self._remember(EVAL, evaluated.metrics or {}, self.eval_dataset)
         return output
@@ -82,11 +84,12 @@ class CardTrainer(SharingTrainer):
         metric_key_prefix: str = EVAL,
     ) -> dict[str, float]:
         """As `Trainer.evaluate`; the model card tells of what was evaluated last under each prefix."""
+        self._images = None
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):  # the name of one of several
             dataset = self.eval_dataset[dataset]
-        if self._images:  # those of several data sets are remembered one by one
+        if not isinstance(dataset, dict):  # those of several data sets are remembered one by one
             self._remember(metric_key_prefix, metrics, dataset)
         return metrics
 
@@ -117,10 +120,12 @@ class CardTrainer(SharingTrainer):
         evaluations = self._evaluated()
         given = {
             split: dataset
-            for split, dataset in self._given_datasets.items()
+            for split, dataset in self._given_datasets().items()
             if dataset is not None and not isinstance(dataset, dict)
         }
-        known = training_facts(self.model, self.args, self.state.log_history, given, evaluations)
+        # What --auto_find_batch_size has found may be less than the arguments say.
+        per_step = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        known = training_facts(self.model, self.args, self.state.log_history, given, evaluations, per_step)
         known |= report_facts(evaluations, self.model.config.id2label)
         if model_name is not None:
             known["model_name"] = model_name
@@ -142,10 +147,13 @@ class CardTrainer(SharingTrainer):
     def _remember(self, prefix: str, metrics: dict[str, float], dataset: Any) -> None:
         """Keep what was found for the model card."""
         if dataset is self.eval_dataset:
-            dataset = self._given_datasets[VALIDATION]
+            dataset = self._given_datasets()[VALIDATION]
         evaluation = Evaluation(prefix, self._step_of_weights(), metrics, self._images, dataset)
         self._evaluations.add(evaluation, self.state.best_global_step)
-        self._images = []
+
+    def _given_datasets(self) -> dict[str, Any]:
+        """By split, what the user has given, with its images."""
+        return self._replaced_datasets or {"train": self.train_dataset, VALIDATION: self.eval_dataset}
 
     def _step_of_weights(self) -> int:
         """The step that the model's weights are of: after training, the best one's if `load_best_model_at_end`."""

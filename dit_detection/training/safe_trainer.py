@@ -83,16 +83,24 @@ class SafeTrainer(FaultTolerantTrainer):
         resume_from_checkpoint: str | None,
         trial: Any,
     ) -> tuple[int, int]:
-        """As `Trainer`, which takes the steps of all passes through a stream for those of one (5.23)."""
+        """
+        As `Trainer`, which (5.23) forgets the best checkpoint of a run whose folder was moved, and takes the steps of
+        all passes through a stream for those of one.
+        """
         found = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         file = Path(resume_from_checkpoint or "", TRAINER_STATE_NAME)
-        if resume_from_checkpoint is None or has_length(self.train_dataset) or not file.is_file():
+        if resume_from_checkpoint is None or not file.is_file():
+            return found
+        saved = TrainerState.load_from_json(str(file))
+        if self.state.best_model_checkpoint is None and saved.best_model_checkpoint is not None:
+            moved = Path(resume_from_checkpoint).parent / Path(saved.best_model_checkpoint).name
+            self.state.best_model_checkpoint = str(moved) if moved.is_dir() else None
+        if has_length(self.train_dataset):
             return found
         if self.state.global_step >= max_steps:
             return num_train_epochs, 0  # done
-        saved = TrainerState.load_from_json(str(file))
         num_passes = int(saved.epoch or 0)
         share = 0.0 if self.args.ignore_data_skip else (saved.epoch or 0) - num_passes
         return num_passes, round(share * saved.max_steps * self.args.gradient_accumulation_steps)

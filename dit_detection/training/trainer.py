@@ -9,21 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction
 from transformers.trainer_utils import BestRun, TrainOutput
 from transformers.utils import CONFIG_NAME
 
 from ..adapters import detector_of
 from ..card.detection_report import ImageDetections
-from ..card.training_card import VALIDATION
-from ..data import DetectionDataset, EpochCallback, RepeatFactorSampler, collate_detection, repeat_factors_of
+from ..data import EpochCallback, collate_detection
 from ..metrics import CocoMetric
-from .card_trainer import CardTrainer
+from .data_trainer import DataTrainer
 from .ema import EmaCallback
 from .fault_tolerant_trainer import NonFiniteLossError
-from .frozen_cache import cache_frozen
-from .frozen_dataset import FrozenDataset
 from .global_batch import match_global_batch
 from .hp_search import eval_map, hp_space
 from .safe_trainer import SafeTrainer
@@ -35,7 +31,7 @@ logger = logging.getLogger(__name__)
 PADDING = -100
 
 
-class DetectionTrainer(CardTrainer, SafeTrainer):
+class DetectionTrainer(DataTrainer, SafeTrainer):
     """
     Trains and evaluates a [`DiTForObjectDetection`]. Used as any `Trainer`; `processing_class` is the image processor.
 
@@ -74,28 +70,20 @@ class DetectionTrainer(CardTrainer, SafeTrainer):
             self.add_callback(EmaCallback(self.args.ema_decay))
         if self.args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
-        self._repeat_factors = None
-        train_dataset = kwargs.get("train_dataset")
-        if self.args.repeat_factor_threshold is not None and train_dataset is not None:
-            if not isinstance(train_dataset, DetectionDataset):
-                raise ValueError(
-                    f"repeat_factor_threshold={self.args.repeat_factor_threshold} needs a DetectionDataset to train "
-                    f"on, got {type(train_dataset).__name__}: images are drawn by the classes in its rows."
-                )
-            self._repeat_factors = repeat_factors_of(train_dataset.rows, self.args.repeat_factor_threshold)
+        self._has_made_optimizer = False
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`; with `args.cache_frozen` the frozen part first runs over the data sets, once."""
-        if self.args.cache_frozen and self.model_init is None:
-            self._use_frozen_cache(self.model)
+        if self._has_made_optimizer:
+            # Since an earlier training other weights may have been frozen, or other rates set.
+            self.optimizer: Any = None
+            self._has_made_optimizer = False
         return super().train(*args, **kwargs)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """As `Trainer.call_model_init`; with `args.cache_frozen` the frozen part is that of the model of the trial."""
+        """As `Trainer.call_model_init`; a run that goes on keeps its anchors."""
         model = super().call_model_init(trial)
         detector_of(model).config.update(self._resumed_anchors)
-        if self.args.cache_frozen and getattr(self, "is_in_train", False):  # not for the model of `__init__`
-            self._use_frozen_cache(model)
         return model
 
     def hyperparameter_search(
@@ -140,36 +128,15 @@ class DetectionTrainer(CardTrainer, SafeTrainer):
             if isinstance(callback, EarlyStoppingCallback):
                 callback.early_stopping_patience = patience
 
-    def _use_frozen_cache(self, model: nn.Module) -> None:
-        """Put what the frozen part of `model` makes of the given data sets in their place."""
-        self.train_dataset = self._without_frozen_part(model, self._given_datasets["train"])
-        if self.args.eval_strategy != "no":
-            self.eval_dataset = self._without_frozen_part(model, self._given_datasets[VALIDATION])
-
-    def _without_frozen_part(self, model: nn.Module, dataset: Any) -> Any:
-        """The data set after the frozen part; dicts of evaluation sets one by one."""
-        if isinstance(dataset, dict):
-            return {name: self._without_frozen_part(model, one) for name, one in dataset.items()}
-        if isinstance(dataset, FrozenDataset):
-            return dataset
-        return cache_frozen(
-            detector_of(model),
-            dataset,
-            dtype=torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32,
-            cache_dir=self.args.frozen_cache_dir,
-            batch_size=self.args.per_device_train_batch_size,
-            num_workers=self.args.dataloader_num_workers,
-        )
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        if self._repeat_factors is None:
-            return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return RepeatFactorSampler(self._repeat_factors, seed)
+    def _get_learning_rate(self) -> float:
+        """The rate of neck and head, which is what `learning_rate` means. Trainer logs that of the slowest block."""
+        if self.is_deepspeed_enabled or self.optimizer is None:
+            return super()._get_learning_rate()
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of `args.optim`, with a learning rate and weight decay per parameter."""
-        if self.optimizer is None:  # type: ignore[has-type]
+        if self.optimizer is None:
             model = self.model if model is None else model
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad and parameter.dtype == torch.float16:
@@ -177,8 +144,10 @@ class DetectionTrainer(CardTrainer, SafeTrainer):
                         f"{name} is float16, in which the steps of training are lost. Load the model with "
                         "dtype=torch.float32; fp16=True or bf16=True still compute in 16 bits."
                     )
-            optimizer_cls, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            given = self.optimizer_cls_and_kwargs
+            optimizer_cls, optimizer_kwargs = given or self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_cls(parameter_groups(model, self.args), **optimizer_kwargs)
+            self._has_made_optimizer = True
         return self.optimizer
 
     def get_batch_samples(
@@ -209,6 +178,11 @@ class DetectionTrainer(CardTrainer, SafeTrainer):
             Missing rows are `PADDING`.
         """
         inputs = self._prepare_inputs(inputs)
+        if "labels" not in inputs:
+            raise ValueError(
+                "These images have no labels, so nothing can be measured on them. What is in them is told by "
+                "`dit-detect predict`, or by pipeline('object-detection')."
+            )
         labels = inputs["labels"]
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs)

@@ -1,8 +1,9 @@
 """The options of training, with the defaults of detection."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 
 @dataclass
@@ -64,7 +65,9 @@ class DetectionTrainingArguments(TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept: the best and the last."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint's weights."})
     metric_for_best_model: str | None = field(default="map", metadata={"help": "What the best checkpoint is best in."})
-    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of that is better."})
+    greater_is_better: bool | None = field(
+        default=None, metadata={"help": "Whether more of that is better. Default: yes, unless its name ends in loss."}
+    )
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "After an interruption, early stopping goes on counting where it was."}
     )
@@ -77,7 +80,22 @@ class DetectionTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._refuse_what_detection_has_not()
+        if self.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
+            # It would take every rise of the mAP for a plateau: torch's default is that less is better.
+            options: Any = self.lr_scheduler_kwargs or {}  # type: ignore[has-type]
+            self.lr_scheduler_kwargs = {"mode": "max" if self.greater_is_better else "min", **options}
         # Of streamed rows accelerate would have one process read for all, and cut every tensor in a batch to the
         # batch's length: each image's labels, too.
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False
+
+    def _refuse_what_detection_has_not(self) -> None:
+        """Options of `TrainingArguments` that would end training in its first step, or after its first evaluation."""
+        for name, only, reason in (
+            ("label_smoothing_factor", 0.0, "its losses have no such option"),
+            ("eval_do_concat_batches", True, "mAP is computed of all batches together"),
+            ("prediction_loss_only", False, "without predictions there is no mAP"),
+        ):
+            if getattr(self, name) != only:
+                raise ValueError(f"{name}={getattr(self, name)} does not go with detection: {reason}. Leave it out.")
