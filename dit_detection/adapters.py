@@ -70,10 +70,21 @@ def detector_of(model: nn.Module) -> DiTForObjectDetection:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
 
 
-def is_adapter(source: str | Path, revision: str | None = None) -> bool:
-    """Whether a folder or Hub id holds an adapter of peft. What is neither is none: its loader says so."""
+# Where to find files of the Hub.
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+
+
+def is_adapter(source: str | Path, revision: str | None = None, **kwargs: Any) -> bool:
+    """
+    Whether a folder or Hub id holds an adapter of peft. What is neither is none: its loader says so.
+
+    Args:
+        source (`str` or `Path`), revision (`str`, *optional*): Folder or Hub id.
+        kwargs: Of `from_pretrained`, `subfolder` and what says how to reach the Hub.
+    """
+    places = {name: kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if name in kwargs}
     try:
-        return find_adapter_config_file(source, revision=revision) is not None
+        return find_adapter_config_file(source, revision=revision, **places) is not None
     except OSError:
         return False
 
@@ -86,29 +97,32 @@ def load_detector(source: str | Path, *, revision: str | None = None, **kwargs: 
         source (`str` or `Path`): Folder or Hub id of a detector, or of an adapter. Of an adapter that names a base
             called `base`, as `dit-detect train` writes it beside, that is the one beside it, wherever both are now.
         revision (`str`, *optional*): Of the Hub id. The base's is named by the adapter.
-        kwargs: For `from_pretrained` of the detector or the base.
+        kwargs: For `from_pretrained` of the detector or the base; of an adapter `subfolder` is its own.
 
     Raises:
         ImportError: If it is an adapter and peft is not installed.
         OSError: If it is neither, or an adapter's base cannot be found.
         ValueError: If it is a detector of another kind.
     """
-    if not is_adapter(source, revision):
+    if not is_adapter(source, revision, **kwargs):
         return _load_base(source, revision, **kwargs)
     try:
         from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise ImportError(f'{source} is an adapter, which takes peft: pip install "dit_detection[lora]"') from error
 
-    config = PeftConfig.from_pretrained(str(source), revision=revision)
+    places = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+    if subfolder := kwargs.pop("subfolder", ""):
+        places["subfolder"] = subfolder
+    config = PeftConfig.from_pretrained(str(source), revision=revision, **places)
     base = config.base_model_name_or_path
-    beside = Path(source) / BASE
+    beside = Path(source) / subfolder / BASE
     if base and Path(base).name == BASE and beside.is_dir():
         base = str(beside)
     if not base:
         raise OSError(f"{source}/adapter_config.json names no base_model_name_or_path. Write the base's id there.")
     model = _load_base(base, config.revision, **kwargs)
-    return PeftModel.from_pretrained(model, str(source), revision=revision).merge_and_unload().eval()
+    return PeftModel.from_pretrained(model, str(source), revision=revision, **places).merge_and_unload().eval()
 
 
 def _load_base(source: str | Path, revision: str | None, **kwargs: Any) -> DiTForObjectDetection:

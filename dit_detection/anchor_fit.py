@@ -172,8 +172,9 @@ def _prototypes(setting: AnchorSetting) -> tuple[Tensor, Tensor, Tensor]:
 
 def _overlap(low: Tensor, high: Tensor, image_side: Tensor, side: Tensor, stride: Tensor) -> Tensor:
     """On one axis, what objects `(M, 1)` share with the nearest anchors of the prototypes `(P,)`: `(M, P)`, pixels."""
-    # Cell i is centred at (i + 0.5) · stride, and takes part if that lies inside the image.
-    last = (image_side / stride - 1.5).ceil()  # -1: none does
+    # Cell i is centred at (i + 0.5) · stride, and takes part if that lies inside the image; the first of the finest
+    # cells always does.
+    last = (image_side.clamp(min=stride.min()) / stride - 1.5).ceil()  # -1: none does
     nearest = ((low + high) / (2 * stride) - 0.5).round().clamp(min=0).minimum(last)
     center = (nearest + 0.5) * stride
     overlap = (center + side / 2).minimum(high) - (center - side / 2).maximum(low)

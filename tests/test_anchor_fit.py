@@ -47,7 +47,8 @@ def brute_force(boxes, sizes, setting, canvas=(384, 512)):
     centers = ((anchors[:, :2] + anchors[:, 2:]) / 2).round(decimals=3)
     best = []
     for box, size in zip(boxes.double(), sizes, strict=True):
-        valid = (centers < size.flip(0)).all(dim=1)  # as the model has it: no anchors in the padding
+        # As the model has it: no anchors in the padding, but for those of the first finest cells.
+        valid = (centers < size.flip(0).clamp(min=setting.strides[0])).all(dim=1)
         best.append(box_iou(box[None], anchors[valid]).max() if valid.any() else torch.tensor(0.0))
     return torch.stack(best).double()
 
@@ -66,6 +67,8 @@ def test_best_ious_are_those_of_all_anchors(setting):
     nasty = [(0, 0, 512, 384), (0, 0, 1, 1), (511, 383, 512, 384), (0, 191, 512, 192), (248, 0, 264, 384)]
     boxes = torch.cat([boxes, torch.tensor(nasty, dtype=torch.float32)])
     sizes = torch.cat([sizes, torch.tensor([(384, 512)] * len(nasty))])
+    boxes = torch.cat([boxes, torch.tensor([(10.0, 0, 90, 3), (0, 10, 2, 40)])])
+    sizes = torch.cat([sizes, torch.tensor([(3, 512), (384, 2)])])
     ious, _ = best_anchor_ious(boxes, sizes, setting)
     torch.testing.assert_close(ious, brute_force(boxes, sizes, setting), rtol=0, atol=1e-5)
 

@@ -1,10 +1,11 @@
 import json
 
 import pytest
+import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig
 
-from dit_detection import DiTDetectionConfig
+from dit_detection import DiTDetectionConfig, DiTForObjectDetection
 
 
 def test_defaults_are_dit_xl_2_on_a_pyramid():
@@ -106,7 +107,6 @@ def test_two_configs_share_nothing():
         ({"smooth_l1_beta": -0.1}, "smooth_l1_beta=-0.1 must be at least 0"),
         ({"max_candidates": 0}, "max_candidates=0 must be at least 1"),
         ({"atss_candidates": 0}, "atss_candidates=0 must be at least 1"),
-        ({"class_weights": [1.0, 2.0]}, "class_weights has 2 entries for num_labels=3"),
         ({"latent_encoder": {"_class_name": "VQModel"}}, "'VQModel'; AutoencoderKL and AutoencoderTiny"),
         ({"latent_encoder": {}}, "None; AutoencoderKL and AutoencoderTiny"),
     ],
@@ -135,3 +135,37 @@ def test_what_could_not_run_is_refused(tiny_config, overrides, message):
 def test_wrong_types_are_refused(tiny_config, overrides):
     with pytest.raises(StrictDataclassFieldValidationError, match=next(iter(overrides))):
         tiny_config(**overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"class_weights": [1.0, 2.0]}, "class_weights has 2 entries for num_labels=3.*class_weights=None"),
+        ({"num_labels": 2, "id2label": {1: "cat", 2: "dog"}}, r"classes \[1, 2\].*numbered from 0"),
+        ({"num_labels": 2, "id2label": {0: "cat", 1: "cat"}}, "several classes 'cat'"),
+        ({"id2label": {}, "label2id": {}}, "at least one"),
+        ({"strides": [8, 16, 40]}, r"strides=\[8, 16, 40\] must double"),
+        ({"max_candidates": 0}, "max_candidates=0 must be at least 1"),
+        ({"num_hidden_layers": 1}, "blocks after the deepest tap"),
+    ],
+)
+def test_what_is_set_afterwards_is_checked_before_a_model_is_made_of_it(tiny_config, overrides, message):
+    config = tiny_config()
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=message):
+        DiTForObjectDetection(config)
+
+
+def test_a_detector_goes_on_with_other_classes(tiny_model, tmp_path):
+    tiny_model(class_weights=[1.0, 2.0, 3.0]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="class_weights has 3 entries for num_labels=5"):
+        DiTForObjectDetection.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    model = DiTForObjectDetection.from_pretrained(
+        tmp_path, num_labels=5, class_weights=None, ignore_mismatched_sizes=True
+    )
+    assert model(torch.zeros(1, 3, 64, 64)).logits.shape[2] == 5
+    refilled = DiTForObjectDetection.from_pretrained(
+        tmp_path, anchor_sizes=[[20.0], [40.0], [80.0]], aspect_ratios=[1.0], ignore_mismatched_sizes=True
+    )
+    assert refilled(torch.zeros(1, 3, 64, 64)).logits.shape == (1, 8 * 8 + 4 * 4 + 2 * 2, 3)

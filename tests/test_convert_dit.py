@@ -3,6 +3,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiTTransformer2DModel, Transformer2DModel
 from torch import nn
 
+from dit_detection import DiTForObjectDetection
 from dit_detection.model.backbone import DiTBackbone
 from dit_detection.model.configuration_dit_detection import DiTDetectionConfig
 from dit_detection.model.convert_dit import dit_config, fold_dit
@@ -274,6 +275,34 @@ def test_strides_follow_the_tokens_unless_given():
 def test_arguments_that_do_not_fit_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         dit_config(tiny_dit(), None, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"neck_channel": 64}, "no field 'neck_channel'. Is 'neck_channels' meant"),
+        ({"timesteps": 200}, "no field 'timesteps'"),
+        ({"anchor_size": [[8]]}, "Is 'anchor_sizes' meant"),
+        ({"hidden_size": 64}, "hidden_size is that of the DiT"),
+        ({"torch_dtype": torch.bfloat16}, "Is 'dtype' meant"),
+    ],
+)
+def test_a_misspelt_option_is_not_swallowed(options, message):
+    with pytest.raises(ValueError, match=message):
+        DiTForObjectDetection.from_diffusers(tiny_dit(in_channels=3), vae=None, **options)
+
+
+def test_options_of_any_configuration_are_taken():
+    model = DiTForObjectDetection.from_diffusers(
+        tiny_dit(in_channels=3),
+        vae=None,
+        dtype="bfloat16",
+        num_labels=4,
+        attn_implementation="eager",
+        neck_channels=16,
+    )
+    assert model.dtype == torch.bfloat16 and model.config.num_labels == 4
+    assert model.config._attn_implementation == "eager"
 
 
 def test_a_dit_that_cannot_be_folded_exactly_is_refused():

@@ -19,6 +19,7 @@ from dit_detection import (
 )
 from dit_detection.model.anchors import make_anchors
 from dit_detection.model.box_coder import BoxCoder
+from dit_detection.model.labels import pad_labels
 
 NUM_ANCHORS = 9 * (8 * 8 + 4 * 4 + 2 * 2)  # of 64 x 64 pixels
 PRIOR_BIAS = -math.log(0.99 / 0.01)
@@ -210,11 +211,40 @@ def test_padding_never_scores(tiny_model, overrides):
     assert torch.equal(scored[1], centers[:, 1] < 13)
 
 
-def test_an_image_without_a_single_cell_centre_is_empty_not_an_error(tiny_model, random_labels):
-    model = tiny_model().train()
-    outputs = model(pixels(), pixel_mask=masks((64, 64), (2, 64)), labels=[random_labels(1), random_labels(1)])
+@pytest.mark.parametrize("matcher", ["atss", "max_iou"])
+def test_an_image_thinner_than_a_cell_is_learnt_and_detected(tiny_model, random_labels, matcher):
+    model = tiny_model(matcher=matcher).train()
+    mask, labels = masks((64, 64), (2, 64)), [random_labels(1), random_labels(1)]
+    outputs = model(pixels(), pixel_mask=mask, labels=labels)
     assert torch.isfinite(outputs.loss)
-    assert (outputs.logits[1].sigmoid() == 0).all()
+    # The first row of the finest cells, 8 of them with 9 anchors each, and nothing else.
+    assert ((outputs.logits[1].sigmoid() > 0).any(dim=1).nonzero() < 8 * 9).all()
+    assert (outputs.logits[1].sigmoid() > 0).any(dim=1).sum() == 8 * 9
+    matched = model.match_anchors(pad_labels(labels, 3), pixels(), mask)
+    assert (matched >= 0).any(dim=1).all()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"labels": 2}, "labels of 2 images, but 1 images"),
+        ({"pixel_mask": torch.ones(2, 64, 64)}, "pixel_masks of 2 images, but 1 images"),
+        ({"pixel_mask": torch.ones(1, 32, 32)}, r"pixel_mask is 32 x 32, but the images' canvas 64 x 64"),
+    ],
+)
+def test_what_belongs_to_other_images_is_refused(tiny_model, random_labels, inputs, message):
+    if "labels" in inputs:
+        inputs = {"labels": [random_labels(1, size=torch.tensor([64, 64]))] * inputs["labels"]}
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(pixels(1), **inputs)
+
+
+@pytest.mark.parametrize("box", [[320.0, 240.0, 64.0, 48.0], [0.5, float("nan"), 0.1, 0.1]])
+def test_boxes_in_pixels_are_refused(tiny_model, random_labels, box):
+    labels = [random_labels(1), random_labels(2)]
+    labels[1]["boxes"][1] = torch.tensor(box)
+    with pytest.raises(ValueError, match=r"labels\[1\]\['boxes'\] has .* divided by the width"):
+        tiny_model()(pixels(), labels=labels)
 
 
 def test_a_padded_batch_gives_each_image_its_own_result(tiny_model, random_labels):
@@ -272,7 +302,7 @@ def test_a_perfect_head_gives_the_annotated_boxes_back(tiny_model, monkeypatch, 
         centers, sides = image_labels["boxes"][:, :2], image_labels["boxes"][:, 2:]
         boxes = torch.cat([centers - sides / 2, centers + sides / 2], dim=1)
         boxes *= torch.tensor([width, height, width, height])
-        valid = ((anchors[:, :2] + anchors[:, 2:]) / 2 < torch.tensor([width, height])).all(dim=1)
+        valid = ((anchors[:, :2] + anchors[:, 2:]).round() / 2 < torch.tensor([width, height])).all(dim=1)
         exists, iscrowd = torch.ones(1, 3, dtype=torch.bool), torch.zeros(1, 3, dtype=torch.bool)
         level_sizes = [9 * 64, 9 * 16, 9 * 4]
         (matched,) = model.detection_loss.matcher(anchors, level_sizes, boxes[None], exists, iscrowd, valid[None])
@@ -310,9 +340,9 @@ LABEL_CASES = {
     "objects": [labels_of([[0.5, 0.5, 0.4, 0.4], [0.2, 0.3, 0.1, 0.2]], [0, 2]), labels_of([[0.7, 0.7, 0.5, 0.5]])],
     "an image without objects": [labels_of([[0.5, 0.5, 0.4, 0.4]]), labels_of([])],
     "no objects at all": [labels_of([]), labels_of([])],
-    "no anchor touched": [labels_of([[9.0, 9, 0.1, 0.1]]), labels_of([[-5.0, 0.5, 0.1, 0.1]])],
+    "no anchor touched": [labels_of([[1.9, 1.9, 0.1, 0.1]]), labels_of([[-1.9, 0.5, 0.1, 0.1]])],
     "crowds only": [labels_of([[0.5, 0.5, 1, 1]], iscrowd=torch.tensor([1])), labels_of([], iscrowd=torch.tensor([]))],
-    "out of the image": [labels_of([[0.5, 0.5, 9, 9], [1.0, 1, 0.5, 0.5]]), labels_of([[0.0, 0, 1, 1]])],
+    "out of the image": [labels_of([[0.5, 0.5, 1.9, 1.9], [1.0, 1, 0.5, 0.5]]), labels_of([[0.0, 0, 1, 1]])],
     "without area": [labels_of([[0.5, 0.5, 0, 0.1], [0.2, 0.2, 0, 0]]), labels_of([[1.0, 1, 0, 0]])],
     "2000 objects": [
         labels_of(torch.rand(2000, 4, generator=torch.Generator().manual_seed(0)).tolist()),
@@ -402,13 +432,21 @@ def test_the_latent_encoder_never_trains(tiny_model, random_labels, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")  # its new name came after 5.0
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_gives_equal_gradients(tiny_model, random_labels, use_reentrant):
+@pytest.mark.parametrize("num_frozen", [None, 0, 1])
+@pytest.mark.parametrize("encoded", [False, True])
+def test_gradient_checkpointing_gives_equal_gradients(tiny_model, random_labels, use_reentrant, num_frozen, encoded):
     def gradients(model):
+        inputs = {"pixel_values": pixels()}
+        if num_frozen is not None:
+            model.freeze_backbone(num_frozen)
+        if encoded and num_frozen:
+            inputs = model.model.encode_frozen(**inputs)
         model.train()
-        model(pixels(), labels=[random_labels(3), random_labels(1)]).loss.backward()
-        return {name: parameter.grad for name, parameter in model.named_parameters()}
+        model(**inputs, labels=[random_labels(3), random_labels(1)]).loss.backward()
+        return {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
 
     expected = gradients(tiny_model())
+    assert all(gradient is not None for gradient in expected.values())
     model = tiny_model()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     assert all(layer.gradient_checkpointing for layer in model.model.backbone.layers)

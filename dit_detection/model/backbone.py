@@ -264,7 +264,16 @@ class DiTBackbone(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Blocks `first` to `end - 1` on `(B, N, D)`; their tapped outputs come after those in `tapped`."""
         for index in range(first, end):
-            x = self.layers[index](x, **kwargs)
+            layer = self.layers[index]
+            if self._is_first_to_train(layer, x):
+                # Reentrant checkpointing gives a block no gradients if its input wants none, as behind frozen blocks.
+                x = x.detach().requires_grad_()
+            x = layer(x, **kwargs)
             if index in self.out_indices:
                 tapped.append(x)
         return x, tapped
+
+    def _is_first_to_train(self, layer: nn.Module, x: Tensor) -> bool:
+        """Whether a checkpointed block is the first that trains: nothing before it made its input want gradients."""
+        checkpoints = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
+        return checkpoints and not x.requires_grad and any(weight.requires_grad for weight in layer.parameters())

@@ -56,6 +56,8 @@ class DiTDetectionConfig(PreTrainedConfig):
     """
 
     model_type = "dit_detection"
+    # What Trainer would otherwise carry of every image that it evaluates.
+    keys_to_ignore_at_inference = ["last_hidden_state", "hidden_states", "attentions"]
 
     in_channels: int = 3
     patch_size: int = 16
@@ -103,6 +105,22 @@ class DiTDetectionConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in the derived defaults and refuse what could not run."""
+        self._complete()
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def prepare(self) -> None:
+        """
+        As after its making, for a model that is built of it: `from_pretrained` sets fields afterwards.
+
+        Raises:
+            ValueError: If there could be no such model.
+        """
+        self._complete()
+        self._check()
+        self._check_classes()
+
+    def _complete(self) -> None:
         if not self.out_indices:
             depth = self.num_hidden_layers
             self.out_indices = sorted({max(1, round(depth * blocks / 18)) - 1 for blocks in (10, 14, 18)})
@@ -114,8 +132,6 @@ class DiTDetectionConfig(PreTrainedConfig):
         if not self.anchor_sizes:
             self.anchor_sizes = [[4 * stride * 2 ** (octave / 3) for octave in range(3)] for stride in self.strides]
         self.anchor_sizes = [[float(size) for size in sizes] for sizes in self.anchor_sizes]
-        super().__post_init__(**kwargs)
-        self._check()
 
     @property
     def token_stride(self) -> int:
@@ -204,5 +220,18 @@ class DiTDetectionConfig(PreTrainedConfig):
             raise ValueError(
                 f"predictor_kernel_size={self.predictor_kernel_size} must be odd: one prediction per cell."
             )
+
+    def _check_classes(self) -> None:
+        names = self.id2label
+        if not names or sorted(names) != list(range(len(names))):
+            raise ValueError(
+                f"id2label has the classes {sorted(names)}: they must be numbered from 0 without a gap, and be at "
+                "least one. Renumber them, as `id2label_of(dataset)` does."
+            )
+        if twice := sorted({name for name in names.values() if list(names.values()).count(name) > 1}):
+            raise ValueError(f"id2label names several classes {', '.join(map(repr, twice))}. Give each its own name.")
         if self.class_weights is not None and len(self.class_weights) != self.num_labels:
-            raise ValueError(f"class_weights has {len(self.class_weights)} entries for num_labels={self.num_labels}.")
+            raise ValueError(
+                f"class_weights has {len(self.class_weights)} entries for num_labels={self.num_labels}. Give those of "
+                "these classes, or class_weights=None."
+            )

@@ -8,6 +8,9 @@ scale. Every key of the source is used or dropped by name; anything else is an e
 """
 
 import json
+from collections.abc import Mapping
+from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -33,6 +36,31 @@ _ENCODER_FIELDS = {
         *("scaling_factor", "shift_factor"),
     ),
 }
+
+# Fields that no caller can set.
+_OF_THE_DIT = {
+    *("in_channels", "patch_size", "pretrained_grid", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("intermediate_size", "hidden_act", "qkv_bias", "attention_norm_eps", "mlp_norm_eps", "latent_encoder"),
+}
+
+
+def check_overrides(overrides: Mapping[str, Any]) -> None:
+    """
+    Refuse what a caller cannot set. (transformers keeps any name in a configuration: a misspelt one changes nothing.)
+
+    Raises:
+        ValueError: A name is no field of [`DiTDetectionConfig`], or is one that follows from the DiT.
+    """
+    known = {name for name in dir(DiTDetectionConfig) if not name.startswith("_")}
+    known |= {field.name for field in fields(DiTDetectionConfig)} | {"attn_implementation"}
+    known -= _OF_THE_DIT | {"torch_dtype"}  # the old name of dtype
+    for name in overrides:
+        if name in _OF_THE_DIT:
+            raise ValueError(f"{name} is that of the DiT, and cannot be set.")
+        if name not in known:
+            alike = get_close_matches(name, known, n=1)
+            hint = f" Is {alike[0]!r} meant?" if alike else ""
+            raise ValueError(f"DiTDetectionConfig has no field {name!r}.{hint}")
 
 
 def dit_config(

@@ -147,7 +147,7 @@ class DiTDetectionImageProcessor(TorchvisionBackend):
         return encoded
 
     def resize(self, image: Tensor, size: SizeDict, resample: Any = None, **kwargs: Any) -> Tensor:
-        """As in transformers, but no side of a very long and thin image becomes 0."""
+        """As in transformers, but on a canvas no side of a very long and thin image becomes 0."""
         if size.max_height and size.max_width:
             height, width = image.shape[-2:]
             scale = min(size.max_height / height, size.max_width / width)

@@ -32,7 +32,7 @@ def pad_labels(labels: Sequence[Mapping[str, Tensor]], num_labels: int) -> dict[
 
     Raises:
         ValueError: If an image's labels differ in number, or, where that can be seen without waiting for a device, a
-            class is not one of the model's.
+            class is not one of the model's or a box not one in [0, 1].
     """
     classes, boxes, crowds = [], [], []
     for index, image_labels in enumerate(labels):
@@ -46,6 +46,7 @@ def pad_labels(labels: Sequence[Mapping[str, Tensor]], num_labels: int) -> dict[
                 f"iscrowd: one of each per object is needed."
             )
         if classes[-1].device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_boxes(boxes[-1], index)
             for label in classes[-1][(classes[-1] < 0) | (classes[-1] >= num_labels)].tolist():
                 raise ValueError(
                     f"labels[{index}]['class_labels'] has {label}, but num_labels={num_labels}: classes are numbered "
@@ -89,6 +90,15 @@ def make_targets(labels: Mapping[str, Tensor], sizes: Tensor) -> dict[str, Tenso
     if "matched_idxs" in labels:
         targets["matched_idxs"] = labels["matched_idxs"].to(sizes.device)
     return targets
+
+
+def _check_boxes(boxes: Tensor, index: int) -> None:
+    """Raise ValueError if boxes are in pixels, or not finite. Those that stick out of their image are left."""
+    for box in boxes[~(boxes.abs() <= 2).all(dim=1)].tolist():
+        raise ValueError(
+            f"labels[{index}]['boxes'] has {box}: boxes are (center_x, center_y, width, height), divided by the width "
+            "and height of the image, and finite."
+        )
 
 
 def _pad(tables: list[Tensor], value: float) -> Tensor:

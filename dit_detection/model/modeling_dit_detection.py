@@ -25,7 +25,7 @@ from .backbone import DiTAttention, DiTBackbone, DiTLayer
 from .box_coder import BoxCoder
 from .boxes import box_xyxy_to_cxcywh, normalize_boxes
 from .configuration_dit_detection import DiTDetectionConfig
-from .convert_dit import dit_config, fold_dit
+from .convert_dit import check_overrides, dit_config, fold_dit
 from .head import AnchorHead
 from .labels import make_targets, pad_labels
 from .latent_encoder import LatentEncoder
@@ -104,6 +104,10 @@ class DiTDetectionPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": DiTLayer, "attentions": DiTAttention}
     # The detector's loss takes `num_items_in_batch`: then Trainer does not divide it by the steps of accumulation.
     accepts_loss_kwargs = True
+
+    def __init__(self, config: DiTDetectionConfig) -> None:
+        config.prepare()
+        super().__init__(config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -243,7 +247,7 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
         condition: int | None = None,
         id2label: dict[int, str] | None = None,
         out_indices: list[int] | tuple[int, ...] | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         family: Literal["dit", "sit", "repa"] | None = None,
         num_attention_heads: int | None = None,
         **config: Any,
@@ -263,15 +267,16 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
             id2label (`dict[int, str]`, *optional*): The classes to detect.
             out_indices (`list[int]`, *optional*): 0-based blocks to tap; by default 10/28, 14/28 and 18/28 of the
                 depth. Blocks after the deepest one are not kept.
-            dtype (`torch.dtype`, *optional*): By default that of the source.
+            dtype (`torch.dtype` or `str`, *optional*): By default that of the source.
             family (`str`, *optional*): Of a file of the original format, whose code saved it: `"dit"`, `"sit"` or
                 `"repa"`. They count time differently, and the file does not tell.
             num_attention_heads (`int`, *optional*): Of such a file if its width is not that of a published size.
-            config: Anything else of [`DiTDetectionConfig`].
+            config: Anything else of [`DiTDetectionConfig`], but for what the DiT itself decides.
 
         Raises:
             ValueError: If the source is not a DiT that can be folded, or an argument does not fit it.
         """
+        check_overrides(config)
         dit, is_path = source, isinstance(source, str | os.PathLike)
         if is_path and os.path.isfile(source):
             dit = load_original(source, family, num_attention_heads)
@@ -289,7 +294,7 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
         detection_config = dit_config(
             transformer, autoencoder, timestep=timestep, condition=condition, out_indices=out_indices, **config
         )
-        dtype = transformer.dtype if dtype is None else dtype
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or transformer.dtype
         model = cls(detection_config).to(dtype)
         model.model.load_state_dict(fold_dit(transformer, autoencoder, detection_config, dtype=dtype, family=family))
         return model.eval()
@@ -394,6 +399,8 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
 
         shapes = [feature_map.shape[-2:] for feature_map in feature_maps]
         canvas = self._canvas_of(pixel_values, latents, frozen_states)
+        if pixel_values is not None and pixel_mask is not None and not torch.compiler.is_compiling():
+            _check_mask(pixel_mask, canvas)
         sizes = _image_sizes(canvas, logits, pixel_mask, labels)  # (B, 2)
         anchors, level_sizes, valid = self._place_anchors(shapes, sizes)  # (A, 4), per level, (B, A)
 
@@ -444,9 +451,18 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
         """Anchors `(A, 4)` of feature maps, how many a level has, and which lie in the images `(B, A)`, not beside."""
         config = self.config
         anchors = make_anchors(shapes, config.strides, config.anchor_sizes, config.aspect_ratios, sizes.device)
-        centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+        # Rounded to what they are, multiples of half a pixel: all anchors of a cell are in the image, or none.
+        centers = (anchors[:, :2] + anchors[:, 2:]).round() / 2
+        # An image thinner than a cell has that row of the finest cells, or nothing could be found in it.
+        sides = sizes.flip(1).clamp(min=config.strides[0])
         level_sizes = [height * width * config.num_anchors_per_cell for height, width in shapes]
-        return anchors, level_sizes, (centers < sizes.flip(1)[:, None]).all(dim=2)
+        return anchors, level_sizes, (centers < sides[:, None]).all(dim=2)
+
+
+def _check_mask(pixel_mask: Tensor, canvas: list[int]) -> None:
+    if list(pixel_mask.shape[-2:]) != canvas:
+        height, width = pixel_mask.shape[-2:]
+        raise ValueError(f"pixel_mask is {height} x {width}, but the images' canvas {canvas[0]} x {canvas[1]}.")
 
 
 def _image_sizes(
@@ -454,10 +470,15 @@ def _image_sizes(
 ) -> Tensor:
     """`(B, 2)` float32 on the device of `like`: (height, width) of each image on its canvas, without the padding."""
     if pixel_mask is not None:
+        # (A comparison would fix sizes of an exported graph.)
+        if not torch.compiler.is_compiling() and pixel_mask.shape[0] != like.shape[0]:
+            raise ValueError(f"There are pixel_masks of {len(pixel_mask)} images, but {len(like)} images.")
         mask = pixel_mask.bool()
         sizes = torch.stack([mask.any(dim=2).sum(dim=1), mask.any(dim=1).sum(dim=1)], dim=1)
         return sizes.clamp(min=1).to(like.device, torch.float32)
     if labels is not None and "size" in labels:
+        if not torch.compiler.is_compiling() and labels["size"].shape[0] != like.shape[0]:
+            raise ValueError(f"There are labels of {len(labels['size'])} images, but {len(like)} images.")
         return labels["size"].to(like.device, torch.float32)
     sizes = torch.tensor([list(canvas)], dtype=torch.float32, device=like.device)
     return sizes.expand(like.shape[0], 2)  # not `len`: it would fix the batch size of an exported graph
