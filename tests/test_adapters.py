@@ -172,6 +172,29 @@ def test_plain_transformers_loads_the_adapter(adapted, pixels, tmp_path):
     torch.testing.assert_close(outputs.pred_boxes, expected.pred_boxes, atol=1e-6, rtol=0)
 
 
+def test_an_adapter_in_a_subfolder(adapted, pixels, tmp_path):
+    model = adapted()
+    with torch.no_grad():
+        expected = model(pixels).logits
+    model.save_pretrained(tmp_path / "runs" / "second")
+    with torch.no_grad():
+        logits = load_detector(tmp_path / "runs", subfolder="second", local_files_only=True)(pixels).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_the_hub_is_asked_for_adapters_as_for_detectors(monkeypatch):
+    asked = []
+
+    def find(source, **kwargs):
+        asked.append((source, kwargs))
+        raise OSError("not there")
+
+    monkeypatch.setattr("dit_detection.adapters.find_adapter_config_file", find)
+    places = {"token": "hf_x", "cache_dir": "there", "subfolder": "second"}
+    assert not is_adapter("someone/private", "v1", **places, dtype="float32")
+    assert asked == [("someone/private", {"revision": "v1", **places})]
+
+
 @pytest.mark.parametrize("is_own", [True, False])
 def test_a_base_beside_the_adapter_goes_first_if_it_is_the_one(adapted, tiny_model, pixels, tmp_path, is_own):
     model = adapted()
