@@ -43,6 +43,7 @@ Object detection on Diffusion Transformers (DiT).
 
 def main() -> None:
     """Run the command that the first argument names."""
+    _print_what_the_console_knows()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
@@ -60,9 +61,17 @@ def run(command: str, arguments: Sequence[str]) -> None:
     Where in our code it was raised says nothing to the one who has the data; `HF_DEBUG=1`, as for the tools of
     huggingface_hub, shows it all the same.
     """
+    _print_what_the_console_knows()
     try:
         COMMANDS[command].main(arguments)
     except (OSError, ValueError, TrainingStoppedError) as error:
         if os.environ.get("HF_DEBUG"):
             raise
         sys.exit(f"dit-detect {command}: {error}")
+
+
+def _print_what_the_console_knows() -> None:
+    """Have a character that the console's encoding lacks printed as "?", rather than end the command there."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)  # what stands in its place may have none
+    if reconfigure is not None:
+        reconfigure(errors="replace")

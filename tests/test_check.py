@@ -1,4 +1,7 @@
+import io
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou
 
-from dit_detection import DiTDetectionConfig, DiTDetectionImageProcessor
+from dit_detection import DiTDetectionConfig, DiTDetectionImageProcessor, cli
 from dit_detection.commands import check, check_report
 from dit_detection.data import load_detection_dataset
 from dit_detection.data.findings import FINDINGS
@@ -147,6 +150,11 @@ def remove_training(data):
         (data.folder / "images" / image["file_name"]).unlink()
 
 
+def make_crowds(data):
+    for annotation in data.splits["train"]["annotations"]:
+        annotation["iscrowd"] = int(annotation["category_id"] > 10 or annotation["image_id"] == 1)
+
+
 # kind → its severity, how often, and how it gets into a clean set. The kinds of the reader are tested with the reader;
 # here are a few, to see that they arrive.
 PLANTS = {
@@ -167,6 +175,7 @@ PLANTS = {
     "class that is never used": ("warning", 1, lambda d: d.add_category(25, "dog")),
     "class without training objects": ("warning", 1, lambda d: d.keep(lambda a: a["category_id"] != 20)),
     "class in training only": ("note", 1, lambda d: d.keep(lambda a: a["category_id"] != 20, "val")),
+    "mostly crowd regions": ("warning", 24 + 24 + 1, make_crowds),
     "class with few training objects": (
         "warning",
         1,
@@ -462,3 +471,21 @@ def test_anchors_without_objects_in_validation(planted):
     report, code = run(planted.write(), "--fit_anchors", str(planted.folder / "anchors.json"))
     name = report["fitted_anchors"]["instead_of"]
     assert code == 0 and report["anchors"][name]["validation"]["all"] == {"objects": 0, "covered": -1, "mean_iou": -1}
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", None])
+def test_a_console_that_is_not_utf8(planted, monkeypatch, encoding):
+    stream = io.StringIO() if encoding is None else io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", stream)
+    cli.run("check", [planted.write(), "--fast"])
+    stream.seek(0)
+    assert "area on 512 x 512" in stream.read()
+
+
+def test_json_of_a_folder_whose_name_is_not_utf8(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    planted = Planted(folder)
+    report, code = run(planted.write(), "--fast")
+    assert code == 1 and report["dataset"] == str(folder)
+    assert kinds_of(report)["file name that is not UTF-8"]["count"] == NUM_TRAIN + NUM_VALIDATION

@@ -93,7 +93,7 @@ def test_objects_stay_inside_whole_and_aligned(
     assert boxes.isfinite().all()
     assert (boxes >= 0).all() and (boxes <= torch.tensor([width, height] * 2)).all()
     sides = boxes[:, 2:] - boxes[:, :2]
-    assert (sides >= augmentation.min_side).all()
+    assert ((sides >= augmentation.min_side).all(dim=1) | (target["visible"] == 1)).all()
     assert {len(values) for values in target.values()} == {len(boxes)}
     assert [iscrowd[category] for category in target["category"].tolist()] == target["iscrowd"].tolist()
     assert ((target["visible"] >= augmentation.min_visible) | (target["iscrowd"] == 1)).all()
@@ -281,6 +281,16 @@ def test_a_cut_keeps_what_is_visible_enough() -> None:
     assert kept["iscrowd"].tolist() == [0, 0, 1]
     # A second cut: a quarter of the second object is left, of its half.
     assert crop(cut, 0, 0, (20, 18))["visible"][1] == 0.25
+
+
+def test_a_small_object_that_nothing_cuts_stays() -> None:
+    # Of 32 x 32 pixels, which become 512 x 512 afterwards: a side of 1.5 is 24 there.
+    target = make_target([[5, 5, 25, 6.5]], 32, 32)
+    kept = [DetectionAugmentation(**FLIP_ALWAYS)(make_image(32, 32), target, seeded(0))[1]]
+    kept += [DetectionAugmentation(scale=(0.5, 0.9))(make_image(32, 32), target, seeded(seed))[1] for seed in range(5)]
+    assert [len(found["boxes"]) for found in kept] == [1] * 6
+    cut = crop(target, 10, 0, (32, 20))
+    assert len(cut["boxes"]) == 1 and len(DetectionAugmentation()._keep_visible(cut)["boxes"]) == 0
 
 
 def test_zoom_sizes_and_canvas() -> None:

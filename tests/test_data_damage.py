@@ -174,6 +174,7 @@ def test_drop_says_what_it_left_out(tmp_path: Path, caplog) -> None:
     content = coco_content()
     content["images"][0]["file_name"] = "gone.png"
     content["annotations"][0]["bbox"] = [1, 2, 3, -4]
+    content["annotations"][2]["iscrowd"] = 0
     write_coco(tmp_path, content)
     with caplog.at_level(logging.WARNING):
         train = load_detection_dataset(tmp_path, on_invalid="drop")["train"]

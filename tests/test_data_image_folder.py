@@ -8,7 +8,13 @@ from annotation_folders import OBJECTS, objects_of, write_text
 from coco_folder import write_images
 from PIL import Image as PILImage
 
-from dit_detection.data import class_names_of, load_detection_dataset
+from dit_detection.data import (
+    InvalidDatasetError,
+    ProblemLog,
+    class_names_of,
+    load_detection_dataset,
+    read_detection_dataset,
+)
 
 ROWS = [
     {"file_name": name, "objects": {"bbox": [box for _, box in found], "category": [label for label, _ in found]}}
@@ -43,16 +49,22 @@ def test_metadata(tmp_path: Path, folder: str, split: str, suffix: str) -> None:
 @pytest.mark.parametrize(
     "objects",
     [
-        [{"bbox": [1, 2, 3, 4], "category": "cat", "area": 5.5, "iscrowd": 1}],
-        [{"bbox": [1, 2, 3, 4], "label": "cat", "area": 5.5, "iscrowd": 1}],
-        {"bbox": [[1, 2, 3, 4]], "categories": ["cat"], "area": [5.5], "iscrowd": [1]},
+        [{"bbox": [1, 2, 3, 4], "category": "cat", "area": 5.5, "iscrowd": crowd} for crowd in (0, 1)],
+        [{"bbox": [1, 2, 3, 4], "label": "cat", "area": 5.5, "iscrowd": crowd} for crowd in (0, 1)],
+        {"bbox": [[1, 2, 3, 4]] * 2, "categories": ["cat"] * 2, "area": [5.5] * 2, "iscrowd": [0, 1]},
     ],
 )
 def test_objects_as_lists_or_as_a_list(tmp_path: Path, objects: object) -> None:
     write_images(tmp_path, ("a.png",))
     write_text(tmp_path / "metadata.jsonl", json.dumps({"file_name": "a.png", "objects": objects}))
     train = load_detection_dataset(tmp_path)["train"]
-    assert train[0]["objects"] == {"id": [0], "bbox": [[1, 2, 3, 4]], "category": [0], "area": [5.5], "iscrowd": [1]}
+    assert train[0]["objects"] == {
+        "id": [0, 1],
+        "bbox": [[1, 2, 3, 4]] * 2,
+        "category": [0, 0],
+        "area": [5.5] * 2,
+        "iscrowd": [0, 1],
+    }
 
 
 @pytest.mark.parametrize(
@@ -177,3 +189,77 @@ def test_groups_are_in_a_column_of_any_case(tmp_path: Path) -> None:
     write_text(tmp_path / "boxes.csv", "\n".join([f"{CORNERS.strip()},PatientID", *lines]))
     dataset = load_detection_dataset(tmp_path, group_by="PatientID", validation_fraction=0.5)
     assert sorted(map(len, dataset.values())) == [3, 3]
+
+
+def test_tables_that_name_no_split_beside_others_are_not_read(tmp_path: Path) -> None:
+    write_images(tmp_path / "images")
+    for name, lines in {"labels": BOX_LINES, "train_labels": BOX_LINES[::2], "test_labels": BOX_LINES[1:2]}.items():
+        write_text(tmp_path / f"{name}.csv", CORNERS + "\n".join(lines))
+    problems = ProblemLog("error")
+    dataset = read_detection_dataset(tmp_path, problems)
+    assert dataset is not None
+    found = {split: objects_of(rows) for split, rows in dataset.items()}
+    assert found == {"train": {"b.png": OBJECTS["b.png"]}, "test": {"a.png": OBJECTS["a.png"]}}
+    (problem,) = problems.examples["annotation file in no split"]
+    assert problem.where == str(tmp_path / "labels.csv")
+
+
+@pytest.mark.parametrize(
+    ("folder", "names"),
+    [
+        (".", ["metadata.csv", "metadata.jsonl"]),
+        (".", ["boxes.csv", "old_boxes.csv"]),
+        ("train", ["metadata.csv", "metadata.jsonl"]),
+        ("train", ["boxes.csv", "old_boxes.csv"]),
+        (".", ["images/metadata.csv", "metadata.csv"]),
+    ],
+)
+def test_several_tables_for_the_same_images(tmp_path: Path, folder: str, names: list[str]) -> None:
+    write_images(tmp_path / folder / "images")
+    for name in names:
+        rows = "\n".join(map(json.dumps, ROWS)) if name.endswith("jsonl") else CORNERS + "\n".join(BOX_LINES)
+        write_text(tmp_path / folder / name, rows)
+    with pytest.raises(InvalidDatasetError, match=f"{names[0]}, .*{names[1]} may hold the same objects. Remove all"):
+        load_detection_dataset(tmp_path)
+
+
+def test_split_of_unknown_name(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    lines = [f"{line},{split}" for line, split in zip(BOX_LINES, ("eval", "train", "holdout"), strict=True)]
+    write_text(tmp_path / "metadata.csv", "\n".join([f"{CORNERS.strip()},split", *lines]))
+    what = (
+        r"metadata.csv: line 4: column \"split\" is 'holdout'(.|\n)*1 x unknown split: write train, validation or test"
+    )
+    with pytest.raises(InvalidDatasetError, match=what):
+        load_detection_dataset(tmp_path)
+    dataset = load_detection_dataset(tmp_path, on_invalid="drop")
+    assert {split: objects_of(rows) for split, rows in dataset.items()} == {
+        "train": {"a.png": OBJECTS["a.png"]},
+        "validation": {"b.png": OBJECTS["b.png"][:1]},
+    }
+
+
+def test_split_is_told_by_any_folder_of_a_name(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_images(tmp_path / "images" / split)
+    lines = [f"images/{split}/{line}" for split in ("train", "val") for line in BOX_LINES]
+    write_text(tmp_path / "metadata.csv", CORNERS + "\n".join(lines))
+    dataset = load_detection_dataset(tmp_path, check_files=False)
+    assert {split: objects_of(rows) for split, rows in dataset.items()} == {"train": OBJECTS, "validation": OBJECTS}
+
+
+def test_list_of_objects_with_a_number_for_their_class(tmp_path: Path) -> None:
+    write_images(tmp_path, ("a.png",))
+    write_text(tmp_path / "classes.txt", "cat\ndog\n")
+    row = {"file_name": "a.png", "objects": [{"bbox": [1, 2, 3, 4], "category_id": 1}]}
+    write_text(tmp_path / "metadata.jsonl", json.dumps(row))
+    assert objects_of(load_detection_dataset(tmp_path)["train"]) == {"a.png": [("dog", [1, 2, 3, 4])]}
+
+
+def test_classes_as_integers_that_pandas_wrote(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    lines = "\n".join(BOX_LINES).replace("dog", "10.0").replace("cat", "2.0")
+    write_text(tmp_path / "metadata.csv", CORNERS + lines)
+    dataset = load_detection_dataset(tmp_path)
+    assert class_names_of(dataset) == ["2", "10"]
+    assert objects_of(dataset["train"])["b.png"] == [("10", [1, 2, 10, 8]), ("2", [30, 20, 10, 10])]

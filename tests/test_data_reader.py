@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 from coco_folder import coco_content, write_coco, write_images, write_json
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, NamedSplit, Value, load_dataset
 from PIL import Image as PILImage
 
 from dit_detection.data import InvalidDatasetError, class_names_of, id2label_of, load_detection_dataset
@@ -112,6 +112,47 @@ def test_two_files_for_one_split(tmp_path: Path) -> None:
         load_detection_dataset(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("files", "splits", "unused"),
+    [
+        ({"annotations/instances_default.json": "images/default", "annotations/instances_val.json": "images/val"},
+         ["train", "validation"], None),  # CVAT
+        ({"annotations/instances_default.json": "images/default", "annotations/instances_train.json": "images/train"},
+         ["train"], "instances_default.json"),
+        ({"annotations/voc_trainval.json": "images", "annotations/voc_test.json": "images"}, ["train", "test"], None),
+        ({"annotations.json": "images", "annotations_val.json": "images"}, ["train", "validation"], None),
+        ({"annotations.json": "images", "annotations_train.json": "images"}, ["train"], "annotations.json"),
+        ({"train/_annotations.coco.json": "train", "eval/_annotations.coco.json": "eval"}, ["train", "validation"],
+         None),
+        ({"annotations/instances_train2017.json": "train2017", "annotations/image_info_test2017.json": "test2017"},
+         ["train"], "image_info_test2017.json"),
+    ],
+)  # fmt: skip
+def test_files_that_name_no_split(
+    tmp_path: Path, files: dict[str, str], splits: list[str], unused: str | None, caplog
+) -> None:
+    for name, images in files.items():
+        content = coco_content()
+        if "image_info" in name:
+            del content["annotations"]
+        write_json(tmp_path / name, content)
+        write_images(tmp_path / images)
+    write_json(tmp_path / "notes.json", {"year": 2024})
+    dataset = load_detection_dataset(tmp_path, check_files=False)
+    assert list(dataset) == splits
+    assert all(list(rows["objects"]) == ROWS for rows in dataset.values())
+    said = [message for message in caplog.messages if "annotation file in no split" in message]
+    assert len(said) == (unused is not None) and all("1 x" in message and str(unused) in message for message in said)
+
+
+def test_several_files_that_name_no_split(tmp_path: Path) -> None:
+    write_images(tmp_path / "images")
+    for name in ("a.json", "b.json", "annotations_val.json"):
+        write_json(tmp_path / name, coco_content())
+    with pytest.raises(InvalidDatasetError, match=r'split "train": .*a\.json, .*b\.json. Remove all but one'):
+        load_detection_dataset(tmp_path)
+
+
 def test_split_names() -> None:
     names = ["instances_train2017", "valid", "my_validation_set", "TEST-00000", "trainer", "latest", "train_val"]
     assert [split_of(name) for name in names] == [
@@ -123,6 +164,7 @@ def test_split_names() -> None:
         None,
         "validation",
     ]
+    assert [split_of(name) for name in ("eval", "evaluation_2", "medieval")] == ["validation", "validation", None]
 
 
 @pytest.mark.parametrize("source", ["/nowhere/at/all", "./nowhere"])
@@ -317,3 +359,35 @@ def test_damage_in_an_objects_column_names_the_row() -> None:
         load_detection_dataset(damaged)
     assert load_detection_dataset(damaged, on_invalid="clip")["train"][1]["objects"]["bbox"] == [[18, 18, 2, 2]]
     assert load_detection_dataset(damaged, on_invalid="drop")["train"][1]["objects"]["bbox"] == []
+
+
+def test_the_upright_box_around_a_rotated_one(tmp_path: Path, caplog) -> None:
+    content = coco_content()
+    # As CVAT exports a rectangle of 20 x 6 that is turned about its middle, (16, 15).
+    content["annotations"] = [
+        {"id": index, "image_id": 7, "category_id": 2, "bbox": [6, 12, 20, 6], "area": 120,
+         "attributes": {"occluded": False, "rotation": rotation}}
+        for index, rotation in enumerate((0.0, 90.0, 45, 180.0, "left"))
+    ]  # fmt: skip
+    objects = load_detection_dataset(write_coco(tmp_path, content))["train"][0]["objects"]
+    half = 13 / 2**0.5
+    expected = [[6, 12, 20, 6], [13, 5, 6, 20], [16 - half, 15 - half, 2 * half, 2 * half], *[[6, 12, 20, 6]] * 2]
+    assert [box == pytest.approx(other) for box, other in zip(objects["bbox"], expected, strict=True)] == [True] * 5
+    assert objects["area"] == [120] * 5
+    assert "2 x rotated box: the upright box around it is taken." in caplog.text
+
+
+def test_crowd_regions_alone_are_nothing_to_learn_from(tmp_path: Path) -> None:
+    content = coco_content()
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = 1
+    with pytest.raises(
+        InvalidDatasetError, match=r"all 3 objects are crowd regions, .*CVAT.* polygons(.|\n)*no objects"
+    ):
+        load_detection_dataset(write_coco(tmp_path, content))
+
+
+def test_a_mix_of_splits_with_train_is_train() -> None:
+    rows = hub_rows()
+    mixed = Dataset(rows.data, info=rows.info, split=NamedSplit("train+validation"))
+    assert list(load_detection_dataset(mixed)) == ["train"]

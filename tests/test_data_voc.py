@@ -1,4 +1,5 @@
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,16 @@ def test_files_of_pascal_voc_count_pixels_from_one(tmp_path: Path) -> None:
     assert objects_of(train)["a.png"] == [("cat", [0, 0, 40, 30]), ("dog", [0, 0, 1, 1])]
 
 
+def test_the_upright_box_around_a_rotated_one(tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    for stem, value in {"a": "90.0", "b": "x"}.items():
+        attribute = f"<attributes><attribute><name>rotation</name><value>{value}</value></attribute></attributes>"
+        xml = voc_xml(f"{stem}.png", [("cat", [6, 12, 20, 6])]).replace("</object>", f"{attribute}</object>")
+        write_text(tmp_path / "Annotations" / f"{stem}.xml", xml)
+    boxes = [row["bbox"][0] for row in load_detection_dataset(tmp_path)["train"]["objects"]]
+    assert boxes == [pytest.approx([13, 5, 6, 20]), [6, 12, 20, 6]]
+
+
 def test_difficult_objects_are_kept_and_counted(tmp_path: Path, caplog) -> None:
     write_voc(tmp_path)
     xml = voc_xml("a.png", OBJECTS["a.png"]).replace("</object>", "<difficult>1</difficult></object>")
@@ -179,3 +190,39 @@ def test_where_case_is_ignored_a_folder_is_read_once(tmp_path: Path) -> None:
     write_voc(tmp_path)
     (tmp_path / "annotations").symlink_to(tmp_path / "Annotations")  # one folder of two names, as on macOS
     assert objects_of(load_detection_dataset(tmp_path)["train"]) == OBJECTS
+
+
+@pytest.mark.parametrize(
+    ("file", "image"),
+    [
+        ("Annotations/cam2/b.xml", "JPEGImages/cam2/b.png"),
+        ("Annotations/train/cam2/b.xml", "JPEGImages/train/cam2/b.png"),
+        ("Annotations/b.XML", "JPEGImages/b.png"),
+        ("cam2/b.xml", "cam2/b.png"),  # labelImg
+        ("train/cam2/b.XML", "train/cam2/b.png"),
+    ],
+)
+def test_files_of_any_depth_and_case(tmp_path: Path, file: str, image: str) -> None:
+    beside = Path(image).parts[0] != "JPEGImages"
+    first = tmp_path / Path(file).parts[0] if file.startswith(("Annotations", "train")) else tmp_path
+    write_text(first / "a.xml", voc_xml("a.png", OBJECTS["a.png"]))
+    write_text(tmp_path / file, voc_xml("b.png", OBJECTS["b.png"]))
+    write_images(first if beside else tmp_path / "JPEGImages")
+    (tmp_path / image).parent.mkdir(parents=True, exist_ok=True)
+    os.rename((first if beside else tmp_path / "JPEGImages") / "b.png", tmp_path / image)
+    write_text(first / "._a.xml", "what macOS writes")
+    write_text(first / ".ipynb_checkpoints" / "a-checkpoint.xml", voc_xml("a.png", []))
+    assert objects_of(load_detection_dataset(tmp_path)["train"]) == OBJECTS
+
+
+def test_folders_that_are_linked_are_read_once(tmp_path: Path) -> None:
+    write_voc(tmp_path / "elsewhere")
+    folder = tmp_path / "data" / "Annotations"
+    write_text(folder / "c.xml", voc_xml("c.png", OBJECTS["a.png"]))
+    write_images(tmp_path / "data" / "JPEGImages", ("c.png",))
+    (folder / "more").symlink_to(tmp_path / "elsewhere" / "Annotations")
+    (folder / "again").symlink_to(tmp_path / "elsewhere" / "Annotations")
+    (folder / "loop").symlink_to(folder)
+    (tmp_path / "data" / "JPEGImages" / "again").symlink_to(tmp_path / "elsewhere" / "JPEGImages")
+    found = objects_of(load_detection_dataset(tmp_path / "data")["train"])
+    assert found == OBJECTS | {"c.png": OBJECTS["a.png"]}

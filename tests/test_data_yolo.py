@@ -1,4 +1,5 @@
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,30 @@ def test_classes_without_names(tmp_path: Path) -> None:
     assert objects_of(load_detection_dataset(tmp_path, class_names=CLASSES)["train"]) == OBJECTS
 
 
+@pytest.mark.parametrize(
+    ("images", "labels", "name"),
+    [
+        ("images/{}", "labels/{}", "labels/{}/classes.txt"),  # labelImg
+        ("{}/images", "{}/labels", "{}/labels/classes.txt"),
+        ("{}/images", "{}/labels", "{}/classes.txt"),
+        ("{}", "{}", "{}/_darknet.labels"),  # Roboflow
+    ],
+)
+def test_lists_of_classes_beside_the_labels_of_a_split(tmp_path: Path, images: str, labels: str, name: str) -> None:
+    for split in ("train", "valid"):
+        write_images(tmp_path / images.format(split))
+        write_labels(tmp_path / labels.format(split))
+    write_text(tmp_path / name.format("train"), "cat\ndog\nfox\n")
+    write_text(tmp_path / name.format("valid"), "cat\ndog\n")  # its numbers mean the same
+    dataset = load_detection_dataset(tmp_path, check_files=False)
+    assert class_names_of(dataset) == ["cat", "dog", "fox"]
+    assert {split: objects_of(rows) for split, rows in dataset.items()} == {"train": OBJECTS, "validation": OBJECTS}
+    write_text(tmp_path / name.format("valid"), "dog\ncat\n")
+    files = f"{tmp_path / name.format('train')} and {tmp_path / name.format('valid')} number the classes differently"
+    with pytest.raises(InvalidDatasetError, match=re.escape(files)):
+        load_detection_dataset(tmp_path, check_files=False)
+
+
 def test_fractions_are_of_the_upright_image(tmp_path: Path) -> None:
     write_yolo(tmp_path)
     exif = PILImage.Exif()
@@ -186,3 +211,49 @@ def test_images_in_no_split_are_told_of(tmp_path: Path) -> None:
     dataset = read_detection_dataset(tmp_path, problems)
     assert dataset is not None and set(dataset) == {"train", "validation"}
     assert problems.counts["image without annotations"] == 2 * len(OBJECTS)
+
+
+def test_images_of_a_split_of_unknown_name_are_told_of(tmp_path: Path) -> None:
+    for split in ("train", "eval", "holdout"):
+        write_images(tmp_path / split / "images")
+        write_labels(tmp_path / split / "labels")
+    problems = ProblemLog("error")
+    dataset = read_detection_dataset(tmp_path, problems, check_files=False)
+    assert dataset is not None and list(dataset) == ["train", "validation"]
+    assert [problem.where for problem in problems.examples["image without annotations"]] == [
+        str(tmp_path / "holdout" / "images" / name) for name in OBJECTS
+    ]
+
+
+def test_what_notebooks_and_macos_leave_is_no_image(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    write_images(tmp_path / "images" / ".ipynb_checkpoints", ("a-checkpoint.png",))
+    for name in ("images/._a.png", "labels/._a.txt"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    problems = ProblemLog("error")
+    dataset = read_detection_dataset(tmp_path, problems)
+    assert dataset is not None and objects_of(dataset["train"]) == OBJECTS and not problems.counts
+
+
+def test_folders_that_are_linked_are_read_once(tmp_path: Path) -> None:
+    write_yolo(tmp_path / "data")
+    (tmp_path / "data" / "images" / "cam2").symlink_to(write_images(tmp_path / "elsewhere", ("c.png",)))
+    (tmp_path / "data" / "images" / "cam3").symlink_to(tmp_path / "data" / "images")
+    write_text(tmp_path / "data" / "labels" / "cam2" / "c.txt", yolo_lines(OBJECTS["a.png"]))
+    problems = ProblemLog("error")
+    dataset = read_detection_dataset(tmp_path / "data", problems)
+    assert dataset is not None and objects_of(dataset["train"]) == OBJECTS | {"c.png": OBJECTS["a.png"]}
+    assert dict(problems.counts) == {
+        "images outside the data set's folder": 1,
+        "same image twice in a split": 1,  # it is that of a.png
+    }
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_labels_in_a_folder_without_images_are_reported(tmp_path: Path, described: bool) -> None:
+    write_yolo(tmp_path)
+    if not described:
+        (tmp_path / "data.yaml").unlink()
+    write_labels(tmp_path / "labels" / "cam2")
+    with pytest.raises(InvalidDatasetError, match=r'2 problems(.|\n)*cam2/a\.txt: there is no image "a"'):
+        load_detection_dataset(tmp_path)

@@ -13,8 +13,11 @@ from dit_detection.data.image_reading import (
     FORMATS,
     MAX_PIXELS,
     UnreadableImageError,
+    decode_image,
     open_encoded,
     read_image,
+    to_rgb,
+    upright_size,
 )
 
 
@@ -57,6 +60,20 @@ def test_upright_by_its_orientation(image_format):
     found = read_image(encode(image, image_format, exif=exif))
     assert found.size == (20, 40)
     assert found.getpixel((10, 5))[0] > 200 and found.getpixel((10, 35))[2] > 200
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_upright_size_is_that_of_the_upright_image(image_format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = {"bytes": encode(colours(), image_format, exif=exif), "path": None}
+    size = (30, 40) if orientation > 4 else (40, 30)
+    assert upright_size(open_encoded(encoded)) == size
+    assert decode_image(encoded, *size).size == size
+    assert (
+        np.abs(np.asarray(to_rgb(decode_image(encoded, *size))) - np.float32(read_image(encoded["bytes"]))).max() == 0
+    )
 
 
 @pytest.mark.parametrize("image_format", ["GIF", "PNG", "WEBP", "TIFF"])

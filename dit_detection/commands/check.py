@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     report["training_would_start"] = not any(finding.severity == "error" for finding in findings)
     print_report(report)
     if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+        text = json.dumps(report, indent=1, ensure_ascii=False)
+        Path(args.json).write_text(text, encoding="utf-8", errors="backslashreplace")  # an escape of JSON, too
         print(f"Everything as JSON: {args.json}")
     if args.fit_anchors and "fitted_anchors" not in report:
         print(f"No training objects to fit anchors to: {args.fit_anchors} is not written.")

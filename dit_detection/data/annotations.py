@@ -1,5 +1,6 @@
 """One split on its way from an annotation format to a data set: a table of images and a flat table of objects."""
 
+import math
 from array import array
 from collections.abc import MutableSequence, Sequence
 from typing import Any
@@ -21,6 +22,13 @@ def is_integer(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether a value of a JSON file is a number, finite or not."""
     return type(value) is float or is_integer(value)
+
+
+def _around_rotated(bbox: Sequence[float], rotation: float) -> list[float]:
+    x, y, width, height = bbox
+    cosine, sine = abs(math.cos(math.radians(rotation))), abs(math.sin(math.radians(rotation)))
+    new_width, new_height = width * cosine + height * sine, width * sine + height * cosine
+    return [x + (width - new_width) / 2, y + (height - new_height) / 2, new_width, new_height]
 
 
 class Annotations:
@@ -63,9 +71,19 @@ class Annotations:
         self.keep_image.append(True)
 
     def add_object(
-        self, row: int, object_id: int, bbox: Any, label: int, area: Any = None, iscrowd: Any = None
+        self,
+        row: int,
+        object_id: int,
+        bbox: Any,
+        label: int,
+        area: Any = None,
+        iscrowd: Any = None,
+        rotation: float = 0.0,
     ) -> None:
-        """Add an object whose box is made of four numbers; report one whose is not."""
+        """
+        Add an object whose box is made of four numbers; report one whose is not. Of a box that is turned about its
+        middle, by `rotation` degrees, the upright box around it is taken.
+        """
         if not (isinstance(bbox, list | tuple) and len(bbox) == 4 and all(map(is_number, bbox))):
             problem = "unusable object", f'field "bbox" is {bbox!r:.80}, not four numbers'
         elif area is not None and not (is_number(area) and 0 <= area < float("inf")):
@@ -73,6 +91,9 @@ class Annotations:
         elif iscrowd not in (None, 0, 1):
             problem = "unusable iscrowd", f'field "iscrowd" is {iscrowd!r:.80}'
         else:
+            if math.isfinite(rotation) and rotation % 180:
+                bbox = _around_rotated(bbox, rotation)
+                self.report("rotated box", f"it is turned by {rotation} degrees", row, object_id, bbox)
             self.rows.append(row)
             self.object_ids.append(object_id)
             self.boxes.extend(bbox)

@@ -35,7 +35,7 @@ class DetectionAugmentation:
         mosaic (`float`): Probability that parts of four images stand for the image.
         copy_paste (`float`): Probability that objects of another image are pasted in, as rectangles.
         min_visible (`float`): Smallest share of its box's area that must remain for an object to stay.
-        min_side (`float`): Smallest side of a box that stays, pixels.
+        min_side (`float`): Smallest side that must remain of a box of which something was cut away, pixels.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -131,7 +131,9 @@ class DetectionAugmentation:
     def _keep_visible(self, target: DetectionTarget) -> DetectionTarget:
         sides = (target["boxes"][:, 2:] - target["boxes"][:, :2]).as_subclass(torch.Tensor)
         visible_enough = (target["visible"] >= self.min_visible) | (target["iscrowd"] == 1)
-        return select(target, (sides >= self.min_side).all(dim=1) & visible_enough & (target["visible"] > 0))
+        # Pixels of the image, which may be far fewer than the canvas has: an object may be small, but no sliver.
+        no_sliver = (sides >= self.min_side).all(dim=1) | (target["visible"] >= 1)
+        return select(target, no_sliver & visible_enough & (target["visible"] > 0))
 
 
 def _uniform(low: float, high: float, generator: torch.Generator) -> float:

@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from itertools import permutations
+from itertools import chain, permutations
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .annotations import Annotations, is_integer
-from .dataset_files import is_name, leads_outside
+from .annotations import Annotations, is_integer, is_number
+from .dataset_files import ImageFinder, is_name, leads_outside
 from .json_lists import PackedList, UnreadableJsonError, read_json_lists
 from .layouts import find_coco_files
 from .problems import ProblemLog
@@ -15,7 +15,7 @@ from .problems import ProblemLog
 # Polygons and masks, keypoints and captions are not kept: they are most of the file.
 FIELDS = {
     "images": ("id", "file_name", "width", "height"),
-    "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd"),
+    "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "attributes"),
     "categories": ("id", "name"),
 }
 Categories = dict[int, str]  # COCO's ids may start anywhere and have gaps; labels are their ranks
@@ -35,7 +35,7 @@ def read_coco_splits(
     """
     splits: dict[str, Annotations] = {}
     first: tuple[Path, Categories] | None = None
-    for split, (file, image_folders) in find_coco_files(source).items():
+    for split, (file, image_folders) in find_coco_files(source, problems).items():
         splits[split], categories = read_coco(file, image_folders, problems, group_by)
         if first is not None and categories and categories != first[1] and class_names is None:
             here, there = (dict(sorted(a.items() - b.items())) for a, b in permutations((categories, first[1])))
@@ -133,8 +133,10 @@ def _add_images(
             annotations.drop_image(len(files) - 1, "file name leads outside the image folder", what)
     safe = [file for file, keep in zip(files, annotations.keep_image, strict=True) if keep]
     # A few, not the first alone: that one may be the missing one.
-    found = (folder for folder in image_folders if any(os.path.isfile(folder / file) for file in safe[:20]))
-    folder = Path(os.path.abspath(next(found, image_folders[0])))
+    sample, finder = safe[:20], ImageFinder([])
+    found = (folder for folder in image_folders if any(os.path.isfile(folder / file) for file in sample))
+    alike = (folder for folder in image_folders if any(finder.find_alike(folder / file) for file in sample))
+    folder = Path(os.path.abspath(next(chain(found, alike), image_folders[0])))
     annotations.image_paths = [str(folder / file) for file in files]
 
 
@@ -182,4 +184,11 @@ def _add_objects(annotations: Annotations, entries: PackedList, categories: Cate
                 labels[category_id],
                 entry.get("area"),
                 entry.get("iscrowd"),
+                _rotation(entry.get("attributes")),
             )
+
+
+def _rotation(attributes: Any) -> float:
+    """Degrees by which CVAT says that a box is turned."""
+    rotation: Any = attributes.get("rotation") if isinstance(attributes, dict) else None
+    return float(rotation) if is_number(rotation) else 0.0

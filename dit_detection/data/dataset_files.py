@@ -4,12 +4,13 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TypeGuard
 
 from .annotations import Annotations
-from .problems import InvalidDatasetError, ProblemLog
+from .problems import InvalidDatasetError, ProblemLog, escape_name
 
 # Of the formats that `image_reading.py` reads.
 IMAGE_SUFFIXES = {
@@ -22,6 +23,35 @@ UPLOAD_PREFIX = re.compile(r"^[0-9a-f]{8}-")  # Label Studio puts one before the
 def is_image(file: Path) -> bool:
     """Whether a name is one of an image; upper case as cameras write it, too."""
     return file.suffix.lower() in IMAGE_SUFFIXES
+
+
+def list_files(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
+    """
+    The files with one of these suffixes, in any case, in and below a folder, in the order of their names. Names that
+    begin with a dot, as of notebooks' checkpoints and macOS, are left out.
+
+    Folders that are links are followed, each once, but not to where the walk comes anyway.
+    """
+    root = os.path.realpath(folder)
+    followed: set[str] = set()
+
+    def walk(place: str) -> Iterator[Path]:
+        with os.scandir(place) as entries:
+            ordered = sorted(entries, key=lambda entry: entry.name)
+        for entry in ordered:
+            if entry.name.startswith("."):
+                continue
+            if os.path.splitext(entry.name)[1].lower() in suffixes:
+                yield Path(entry.path)
+            elif entry.is_dir():
+                if entry.is_symlink():
+                    target = os.path.realpath(entry.path)
+                    if target in followed or _is_within(target, root) or _is_within(root, target):
+                        continue
+                    followed.add(target)
+                yield from walk(entry.path)
+
+    yield from walk(str(folder))
 
 
 def is_name(value: object) -> TypeGuard[str]:
@@ -56,10 +86,15 @@ def read_text(file: Path) -> str:
         raise InvalidDatasetError(f"{file} cannot be read: {error.strerror}.") from error
 
 
-def read_class_list(folder: Path, names: Iterable[str] = ("classes.txt", "labels.txt", "labelmap.txt")) -> list[str]:
-    """The classes of the first of these files that a folder has, as of [`read_classes`]; empty if it has none."""
-    files = (folder / name for name in names)
-    return next((read_classes(file) for file in files if file.is_file()), [])
+def find_class_list(folder: Path, names: Iterable[str]) -> Path | None:
+    """The first of these files that a folder has."""
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def read_class_list(folder: Path) -> list[str]:
+    """The classes that a file in a folder lists, as of [`read_classes`]; empty if there is none."""
+    file = find_class_list(folder, ("classes.txt", "labels.txt", "labelmap.txt"))
+    return [] if file is None else read_classes(file)
 
 
 def read_classes(file: Path) -> list[str]:
@@ -117,23 +152,22 @@ class ImageFinder:
         self._listings: dict[Path, dict[str, list[str]]] = {}
 
     def find(self, name: str) -> Path | None:
-        """The file of this name; else the only one that differs from it in case, accents' encoding or a prefix."""
+        """The path of this name in the first folder that has it, or one alike, which `settle_image_paths` takes."""
         if leads_outside(name) or not is_name(name):
             return None
-        relative = name.replace("\\", "/")
-        exact = (folder / relative for folder in self.folders if os.path.isfile(folder / relative))
-        alike = (self.find_alike(folder / relative) for folder in self.folders)
-        return next(exact, None) or next((file for file in alike if file is not None), None)
+        paths = [folder / name.replace("\\", "/") for folder in self.folders]
+        exact = (path for path in paths if os.path.isfile(path))
+        return next(exact, None) or next((path for path in paths if self.find_alike(path) is not None), None)
 
     def find_stem(self, stem: str) -> list[Path]:
-        """The images of this name without suffix, in the first folder that has any."""
-        if leads_outside(stem) or not is_name(stem):
+        """The images of this name without suffix, in the first folder that has any, or any alike: as with `find`."""
+        if leads_outside(stem):
             return []
         for path in (folder / stem for folder in self.folders):
             names = self._listing(path.parent).get(f"{_alike(path.name)}.*", [])
             exact = [name for name in names if Path(name).stem == path.name]
             if names:
-                return [path.parent / name for name in exact or names]
+                return [path.parent / name for name in exact or [f"{path.name}{Path(name).suffix}" for name in names]]
         return []
 
     def find_alike(self, path: Path) -> Path | None:
@@ -173,13 +207,17 @@ def settle_image_paths(annotations: Annotations, root: Path) -> None:
     every file of a snapshot is a link. A folder that is a link is followed: large images are often kept elsewhere.
 
     Args:
-        annotations (`Annotations`): Its image paths may be replaced; images that lead outside are marked in it.
+        annotations (`Annotations`): Its image paths may be replaced; images that lead outside, and those whose names
+            no Arrow column takes, are marked in it.
         root (`Path`): The folder of the data set.
     """
     paths = list(annotations.image_paths)
+    listed = set(paths)
     real_root = os.path.realpath(root)
     allowed: dict[str, list[str]] = {}  # by folder of images, the places where its links may end
     finder = ImageFinder([])
+    alike: dict[int, str] = {}  # by row, the file that may be meant
+    links: list[int] = []  # rows
     for row, path in enumerate(paths):
         folder = os.path.dirname(path)
         if folder not in allowed:
@@ -190,15 +228,26 @@ def settle_image_paths(annotations: Annotations, root: Path) -> None:
         if not annotations.keep_image[row]:
             continue
         try:
-            is_link = stat.S_ISLNK(os.lstat(path).st_mode)
+            links += [row] if stat.S_ISLNK(os.lstat(path).st_mode) else []
         except (OSError, ValueError):
             found = finder.find_alike(Path(path))
-            if found is not None:
-                paths[row] = str(found)
-                annotations.report("file name differs from the annotation", f"{found} is taken", row)
-            continue
-        if is_link and not any(_is_within(os.path.realpath(path), place) for place in allowed[folder]):
-            annotations.drop_image(row, "link leads outside the data set", f"it is a link to {os.path.realpath(path)}")
+            alike |= {row: str(found)} if found is not None else {}
+    claims = Counter(alike.values())
+    for row, file in alike.items():
+        if file in listed or claims[file] > 1:
+            annotations.drop_image(row, "missing image file", f"{file} is alike, and another entry means it, too")
+        else:
+            paths[row] = file
+            annotations.report("file name differs from the annotation", f"{file} is taken", row)
+            links += [row] if os.path.islink(file) else []
+    for row in links:
+        target = os.path.realpath(paths[row])
+        if not any(_is_within(target, place) for place in allowed[os.path.dirname(paths[row])]):
+            annotations.drop_image(row, "link leads outside the data set", f"it is a link to {target}")
+    for row, path in enumerate(paths):
+        paths[row] = escape_name(path)
+        if paths[row] != path and annotations.keep_image[row]:
+            annotations.drop_image(row, "file name that is not UTF-8", f"there is {paths[row]}")
     annotations.image_paths = paths
 
 
@@ -210,12 +259,13 @@ def report_unlisted_images(splits: Iterable[Annotations], problems: ProblemLog) 
             listed.setdefault(os.path.dirname(path), set()).add(os.path.basename(path))
     for folder, names in listed.items():
         try:
-            files = sorted(filter(lambda name: is_image(Path(name)), set(os.listdir(folder)) - names))
+            unlisted = sorted(set(map(escape_name, os.listdir(folder))) - names)
         except OSError:
             continue
-        for name in files:
-            path = os.path.join(folder, name)
-            problems.add("image without annotations", path, "no split names it", path)
+        for name in unlisted:
+            if is_image(Path(name)) and not name.startswith("."):
+                path = os.path.join(folder, name)
+                problems.add("image without annotations", path, "no split names it", path)
 
 
 def _is_within(path: str, folder: str) -> bool:

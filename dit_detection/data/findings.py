@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal
 
-from .problems import FATAL, REMARKS, REMEDIES, ProblemLog
+from .problems import CROWD_REMEDY, FATAL, REMARKS, REMEDIES, ProblemLog
 
 Severity = Literal["error", "warning", "note"]
 
@@ -37,6 +37,10 @@ FINDINGS: dict[str, tuple[Severity, str]] = {
     "class in training only": ("note", "no metric will tell how well it is found."),
     "class with few training objects": ("warning", f"fewer than {FEW_OBJECTS}: expect little; annotate more."),
     "classes without names": ("note", "their names are numbers: give names, for people to read."),
+    "mostly crowd regions": (
+        "warning",
+        f"nothing is learned in them, and no metric counts what is found there. {CROWD_REMEDY}",
+    ),
     "split without objects": ("warning", "its metrics are undefined."),
     "image without objects": ("note", "it teaches what is background; annotate it if something is missing."),
     "image without a usual class": ("note", "nearly all others show it: was it forgotten there, or is there none?"),
@@ -57,6 +61,7 @@ FINDINGS: dict[str, tuple[Severity, str]] = {
 # Remarks of the readers that ask for nothing; the others are warnings.
 NOTED = {
     "image without a label file",
+    "rotated box",
     "difficult object",
     "file name differs from the annotation",
     "images outside the data set's folder",

@@ -146,7 +146,10 @@ def name_splits(loaded: Any, source: str) -> dict[str, Any]:
     Raises:
         InvalidDatasetError: A split has no name that is known, or two have the same.
     """
-    named = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+    named = loaded
+    if not isinstance(loaded, dict):
+        name = str(loaded.split or "train")
+        named = {"train" if "train" in map(split_of, name.split("+")) else name: loaded}
     datasets: dict[str, Any] = {}
     for name, dataset in named.items():
         split = split_of(name) or ("train" if len(named) == 1 else None)

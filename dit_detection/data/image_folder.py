@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from .annotations import Annotations, is_integer, is_number
 from .dataset_files import ImageFinder, is_name, leads_outside, read_class_list
 from .hub import add_objects, object_columns
 from .layouts import SPLITS, split_folders, split_of
-from .problems import ProblemLog
+from .problems import InvalidDatasetError, ProblemLog
 from .tables import FILE_COLUMNS, Row, csv_header, read_table
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -46,8 +47,8 @@ def read_image_folder(
 
     A row is an image with a column `objects` (`bbox` xywh in pixels and `category`, as lists or as a list of objects,
     or as JSON text), or an object with columns such as `xmin, ymin, xmax, ymax` or `x, y, width, height` in pixels and
-    `label`; without a box, it is an image without objects. The split is told by a column `split`, the table's folder
-    or name, or the first folder of the file names. Images are numbered in the order of their names.
+    `label`; without a box, it is an image without objects. The split is told by the table's folder or name, a column
+    `split`, or a folder in the file names. Images are numbered in the order of their names.
 
     Args:
         source (`Path`): The folder, or one table, which is then the split "train".
@@ -59,7 +60,7 @@ def read_image_folder(
     Source: https://huggingface.co/docs/datasets/image_dataset#object-detection
     """
     folder = source if source.is_dir() else source.parent
-    tables = _find_tables(source) if source.is_dir() else {"train": [source]}
+    tables = _choose_tables(source, problems) if source.is_dir() else {"train": [source]}
     images: dict[str, Entries] = {}
     for split, files in tables.items():
         for file in files:
@@ -87,9 +88,32 @@ def _find_tables(folder: Path) -> dict[str, list[Path]]:
         named = [place / name for name in METADATA if (place / name).is_file()]
         files = sorted(place.glob("*.csv")) if place.is_dir() else []
         for file in named or [file for file in files if _is_table_of_boxes(file)]:
-            split = split_of(place.name) if place != folder else split_of(file.stem)
+            split = (split_of(place.name) if place != folder else None) or split_of(file.stem)
             found.setdefault(split or "", []).append(file)
     return found
+
+
+def _choose_tables(folder: Path, problems: ProblemLog) -> dict[str, list[Path]]:
+    """
+    The tables that are read: where some are of a split, those of none hold its images again, and are reported.
+
+    Raises:
+        InvalidDatasetError: Several may hold the same images.
+    """
+    tables = _find_tables(folder)
+    if len(tables) > 1:
+        for file in tables.pop("", []):
+            problems.add("annotation file in no split", str(file), "files beside it name their splits")
+    unnamed: dict[tuple[str, Path], list[Path]] = {}  # by split and place
+    for split, files in tables.items():
+        for file in files:
+            if split_of(file.stem) is None:
+                unnamed.setdefault((split, file.parent if split else folder), []).append(file)
+    for files in unnamed.values():
+        if len(files) > 1:
+            names = ", ".join(map(str, sorted(files)[:5]))
+            raise InvalidDatasetError(f"{names} may hold the same objects. Remove all but one, or name it.")
+    return tables
 
 
 def _is_table_of_boxes(file: Path) -> bool:
@@ -108,9 +132,13 @@ def _add_row(
         what = f"no file name; it has the columns {', '.join(map(str, row))}"
         problems.add("unusable image entry", where, f"{what:.200}")
         return
-    stated = next((row[column] for column in SPLIT_COLUMNS if isinstance(row.get(column), str)), "")
-    first_folder, is_folder, _ = name.replace("\\", "/").partition("/")
-    split = split or split_of(stated) or (split_of(first_folder) if is_folder else None) or "train"
+    column = next((column for column in SPLIT_COLUMNS if row.get(column) not in (None, "")), None)
+    if not split and column is not None and split_of(str(row[column])) is None:
+        problems.add("unknown split", where, f'column "{column}" is {row[column]!r:.80}')
+        return
+    folders = name.replace("\\", "/").split("/")[:-1]
+    stated = [] if column is None else [str(row[column])]
+    split = split or next(filter(None, map(split_of, [*stated, *folders])), "train")
     key = name, file.parent
     is_new = key not in images.setdefault(split, {})
     entry = images[split].setdefault(key, {"objects": {"bbox": [], "category": []}})
@@ -144,7 +172,8 @@ def _objects_of(value: Any) -> dict[str, list[Any]] | None:
         except (ValueError, RecursionError):
             return None
     if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
-        category = next((name for name in LABEL_COLUMNS if any(name in entry for entry in value)), "category")
+        names = (name for name in (*LABEL_COLUMNS, "category_id") if any(name in entry for entry in value))
+        category = next(names, "category")
         value = object_columns([entry | {"category": entry.get(category)} for entry in value])
     if not isinstance(value, dict):
         return None
@@ -178,7 +207,10 @@ def _read_classes(
     values: set[Any], listed: list[str], class_names: Sequence[str] | None
 ) -> tuple[list[str], dict[Any, int]]:
     """Names of the classes, and the label of each value in the data."""
-    numbers = {value: int(value) for value in values if is_integer(value) or (value.isascii() and value.isdigit())}
+    # pandas writes integers as "2.0" in a column where some are missing.
+    numbers = {
+        value: int(float(value)) for value in values if is_integer(value) or re.fullmatch(r"[0-9]{1,15}(\.0)?", value)
+    }
     if len(numbers) < len(values):
         names = listed or sorted(map(str, values))
         return names, {name: label for label, name in enumerate(names)}

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 # What Pillow raises on files that are damaged (`RuntimeError`: AVIF), no image, or as large as an attack.
 DECODING_ERRORS = (
@@ -36,6 +37,8 @@ SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) after the EXIF orientation is applied; of a PNG, whose EXIF may be at its end, all is read."""
     width, height = image.size
+    if isinstance(image, TiffImageFile):  # its size is the upright one already, depending on the version of Pillow
+        width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
     return (height, width) if image.getexif().get(ORIENTATION_TAG) in SIDEWAYS else (width, height)
 
 

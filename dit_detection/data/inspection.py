@@ -37,6 +37,13 @@ def inspect_boxes(table: SplitTable, class_names: Sequence[str], log: FindingLog
     short_side = sides.min(axis=1, initial=np.inf)
     ratios = sides[:, 1] / sides[:, 0]
     stretch = np.maximum(ratios, 1 / ratios)
+    crowds = np.flatnonzero(~countable)
+    if 2 * len(crowds) > len(countable):
+        examples = (
+            _example(table, (i,), f"a crowd region, as {len(crowds)} of {len(countable)} objects are", class_names)
+            for i in crowds.tolist()
+        )
+        log.add("mostly crowd regions", len(crowds), examples, table.name)
     checks: dict[str, tuple[Any, Any, Any]] = {
         "box of the whole image": (shares > WHOLE_IMAGE, -shares, lambda i: f"covers {shares[i]:.0%} of the image"),
         "object too small for the canvas": (

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from .problems import InvalidDatasetError
+from .problems import InvalidDatasetError, ProblemLog
 
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {
@@ -13,9 +13,12 @@ SPLIT_WORDS = {
     "valid": "validation",
     "validation": "validation",
     "dev": "validation",
+    "eval": "validation",
+    "evaluation": "validation",
     "test": "test",
     "testing": "test",
 }
+WHOLE = ("trainval", "default")  # of VOC, which train and val overlap; of CVAT, for images without a split
 
 
 def split_of(name: str) -> str | None:
@@ -24,8 +27,11 @@ def split_of(name: str) -> str | None:
 
     Words are told apart by anything but letters; the last one that names a split counts.
     """
-    words = re.split(r"[^a-z]+", name.lower())
-    return next((SPLIT_WORDS[word] for word in reversed(words) if word in SPLIT_WORDS), None)
+    return next((SPLIT_WORDS[word] for word in reversed(_words(name)) if word in SPLIT_WORDS), None)
+
+
+def _words(name: str) -> list[str]:
+    return re.split(r"[^a-z]+", name.lower())
 
 
 def split_folders(folder: Path) -> list[Path]:
@@ -33,13 +39,14 @@ def split_folders(folder: Path) -> list[Path]:
     return sorted(child for child in folder.iterdir() if child.is_dir() and split_of(child.name))
 
 
-def find_coco_files(source: Path) -> dict[str, tuple[Path, list[Path]]]:
+def find_coco_files(source: Path, problems: ProblemLog) -> dict[str, tuple[Path, list[Path]]]:
     """
     Find the COCO JSON of each split, as `annotations_train.json`, `annotations/instances_train2017.json` or
-    `train/_annotations.coco.json`.
+    `train/_annotations.coco.json`. A file whose name tells no split is "train" if no other claims it.
 
     Args:
         source (`Path`): A folder, or one JSON file, which is then the split "train".
+        problems (`ProblemLog`): Where files that are in no split are reported.
 
     Returns:
         `dict[str, tuple[Path, list[Path]]]`: By split the file and the folders where its images may lie, likeliest
@@ -54,12 +61,14 @@ def find_coco_files(source: Path) -> dict[str, tuple[Path, list[Path]]]:
     unnamed: list[Path] = []
     for file in list_json_files(source):
         split = split_of(file.stem) or (split_of(file.parent.name) if file.parent != source else None)
-        if split is None:
+        if split is None or file.stem.startswith("image_info"):  # of COCO's images without annotations
             unnamed.append(file)
         else:
             candidates.setdefault(split, []).append(file)
     if not candidates and unnamed:
         candidates = {"train": unnamed}
+    elif unnamed:
+        _place_unnamed(list(filter(looks_like_coco, unnamed)), candidates, problems)
     files = {split: _only(candidates[split], split) for split in SPLITS if split in candidates}
     return {split: (file, _image_folders(file, source)) for split, file in files.items()}
 
@@ -67,7 +76,7 @@ def find_coco_files(source: Path) -> dict[str, tuple[Path, list[Path]]]:
 def list_json_files(folder: Path) -> list[Path]:
     """The JSON files in the places where COCO annotations may lie."""
     places = [folder, folder / "annotations", *split_folders(folder)]
-    return [file for place in places for file in sorted(place.glob("*.json"))]
+    return [file for place in places for file in sorted(place.glob("[!.]*.json"))]
 
 
 def looks_like_coco(file: Path) -> bool:
@@ -80,6 +89,17 @@ def looks_like_coco(file: Path) -> bool:
     except OSError:
         return False
     return b'"annotations"' in text or b'"images"' in text
+
+
+def _place_unnamed(unnamed: list[Path], candidates: dict[str, list[Path]], problems: ProblemLog) -> None:
+    """Take files beside those of splits for "train" if none is; report what is left."""
+    whole = [file for file in unnamed if set(_words(file.stem)) & set(WHOLE)]
+    train = whole or [file for file in unnamed if not file.stem.startswith("image_info")]
+    if train and "train" not in candidates:
+        candidates["train"] = train
+    for file in unnamed:
+        if file not in candidates.get("train", []):
+            problems.add("annotation file in no split", str(file), "files beside it name their splits")
 
 
 def _only(files: list[Path], split: str) -> Path:
@@ -102,7 +122,7 @@ def _image_folders(file: Path, root: Path) -> list[Path]:
     if file.parent == root or file.parent.name == "annotations":
         base = file.parent.parent if file.parent.name == "annotations" else root
         # "train2017" of "instances_train2017", or the split's own name
-        names = [word for word in re.split(r"[^a-zA-Z0-9]+", file.stem) if split_of(word)]
+        names = [word for word in re.split(r"[^a-zA-Z0-9]+", file.stem) if split_of(word) or word in WHOLE]
         names += [word for word, split in SPLIT_WORDS.items() if split == split_of(file.stem) and word not in names]
         named = [folder / name for name in names for folder in (base / "images", base)]
         return [*named, base / "images", base, file.parent]

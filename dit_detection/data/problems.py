@@ -22,6 +22,7 @@ REMEDIES = {
     "duplicate image id": "give each image an id of its own, or remove the copy.",
     "unusable image entry": 'each image needs an integer "id", a "file_name", and "width" and "height" in pixels.',
     "file name leads outside the image folder": "use file names relative to the image folder.",
+    "file name that is not UTF-8": "rename the file.",
     "missing image file": "put the file there, or remove the image from the annotations.",
     "unreadable image": "replace the file, or remove the image from the annotations.",
     "image size differs from the annotation": "annotate the file again, or put back the one that was annotated.",
@@ -40,6 +41,7 @@ REMEDIES = {
     "box not in fractions": "YOLO counts in fractions of the image: divide pixels by its width and height.",
     "label file without image": "put the image there, or remove the file.",
     "unusable metadata row": "correct or remove the line.",
+    "unknown split": "write train, validation or test there, or give the column another name.",
     "image listed twice": "put all objects of an image into one row.",
     "link leads outside the data set": "put the file itself in the place of the link.",
     "no group": "fill in the field that group_by names, or leave group_by out.",
@@ -48,12 +50,14 @@ REMEDIES = {
     "same group in two splits": "the data set's own splits are kept.",
     "image without a label file": "it counts as an image without objects.",
     "image without annotations": "it is not used.",
+    "rotated box": "the upright box around it is taken.",
     "difficult object": "it counts as an object like all others.",
     "annotation file in no split": "it is not used.",
     "split without images": "the split is left out.",
     "file name differs from the annotation": "the only file that differs in case, accents or prefix is used.",
     "images outside the data set's folder": "the link to their folder is followed.",
 }
+CROWD_REMEDY = 'CVAT writes its masks so: export them as polygons, or write "iscrowd" 0.'
 FATAL = {
     "unusable data set",
     "unusable file",
@@ -70,12 +74,18 @@ REMARKS = {
     "same group in two splits",
     "image without a label file",
     "image without annotations",
+    "rotated box",
     "difficult object",
     "annotation file in no split",
     "split without images",
     "file name differs from the annotation",
     "images outside the data set's folder",
 }
+
+
+def escape_name(text: str) -> str:
+    """A text in which what is no text, of a file name in another encoding than UTF-8, stands as an escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class InvalidDatasetError(ValueError):
@@ -130,6 +140,8 @@ class ProblemLog:
         box: tuple[float, float, float, float] | None = None,
     ) -> None:
         """Note one problem; the arguments are those of `Problem`."""
+        where, what = escape_name(where), escape_name(what)
+        image = None if image is None else escape_name(image)
         self.counts[kind] += 1
         examples = self.examples.setdefault(kind, [])
         if len(examples) < NUM_KEPT:

@@ -14,7 +14,7 @@ from .dataset_files import report_unlisted_images, settle_image_paths
 from .formats import FORMATS, LOOKED_FOR, Format, find_format
 from .hub import load_hub_dataset, read_hub_splits
 from .image_folder import read_image_folder
-from .problems import InvalidDatasetError, OnInvalid, ProblemLog
+from .problems import CROWD_REMEDY, InvalidDatasetError, OnInvalid, ProblemLog
 from .splits import check_fractions, report_overlap, split_train
 from .streaming import stream_rows
 from .voc import read_voc
@@ -276,8 +276,10 @@ def _check_and_convert(
             continue
         if not any(annotations.keep_image):
             problems.add("no images", annotations.source, "none of its images can be used")
-        elif split == "train" and not len(checked[split]["row"]):
-            problems.add("no objects", annotations.source, "none of its images has a valid object")
+        elif split == "train" and checked[split]["iscrowd"].all():
+            crowds = len(checked[split]["row"])
+            what = f"all {crowds} objects are crowd regions, in which nothing is learned. {CROWD_REMEDY}"
+            problems.add("no objects", annotations.source, what if crowds else "none of its images has a valid object")
     if problems.fatal:
         return None
     return DatasetDict(

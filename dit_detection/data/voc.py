@@ -11,8 +11,8 @@ from defusedxml import ElementTree
 from defusedxml.common import DefusedXmlException
 
 from .annotations import Annotations
-from .dataset_files import ImageFinder, is_name, leads_outside, read_class_list, read_text
-from .layouts import SPLIT_WORDS, SPLITS, split_folders, split_of
+from .dataset_files import ImageFinder, is_name, leads_outside, list_files, read_class_list, read_text
+from .layouts import SPLIT_WORDS, SPLITS, WHOLE, split_folders, split_of
 from .problems import InvalidDatasetError, ProblemLog
 
 SIDES = ("xmin", "ymin", "xmax", "ymax")
@@ -20,7 +20,7 @@ SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 def find_voc(folder: Path) -> str | None:
     """The first XML of a folder of VOC annotations, in one of the places where `read_voc` looks."""
-    return next((str(file) for place in _annotation_folders(folder) for file in sorted(place.glob("*.xml"))), None)
+    return next(map(str, _find_files(folder)), None)
 
 
 def read_voc(
@@ -28,7 +28,7 @@ def read_voc(
 ) -> dict[str, Annotations]:
     """
     Read `Annotations/*.xml` with the lists of `ImageSets/Main`, or the XML files of the folders `train`, `valid` and
-    `test`, or those of one folder, which become "train".
+    `test`, or those of one folder, which become "train"; all at any depth.
 
     Images lie in `JPEGImages` or `images`, here or one folder up, or beside the XML; the XML's own name goes before
     its field "filename". Boxes are taken as (xmin, ymin) to (xmax, ymax), as labelImg, CVAT and Label Studio write
@@ -61,28 +61,30 @@ def read_voc(
     return splits
 
 
-def _annotation_folders(folder: Path) -> Iterator[Path]:
-    for parent in (folder, *split_folders(folder)):
-        places = [place for place in (parent / "Annotations", parent / "annotations", parent) if place.is_dir()]
-        if len(places) == 3 and places[0].samefile(places[1]):  # on a file system that ignores case
-            del places[1]
-        for place in places:
-            yield place
-            yield from split_folders(place) if place != parent else ()
+def _annotation_folders(folder: Path) -> list[Path]:
+    places = [place for place in (folder / "Annotations", folder / "annotations") if place.is_dir()]
+    if len(places) == 2 and places[0].samefile(places[1]):  # on a file system that ignores case
+        del places[1]
+    return places
+
+
+def _find_files(folder: Path) -> Iterator[Path]:
+    """The XML files of a data set, at any depth; if none lie at its top, those in folders of annotations or splits."""
+    at_top = any(file.suffix.lower() == ".xml" and file.name[0] != "." for file in folder.iterdir())
+    for place in [folder] if at_top else [*_annotation_folders(folder), *split_folders(folder)]:
+        yield from list_files(place, (".xml",))
 
 
 def _find_splits(folder: Path, problems: ProblemLog) -> dict[str, list[Path]]:
     """The XML files of each split, in order."""
-    places = {place: sorted(place.glob("*.xml")) for place in _annotation_folders(folder)}
     lists = _split_lists(folder)
     if lists:
-        annotations = next((place for place in places if place.name.lower() == "annotations"), folder)
-        return _follow_lists(lists, annotations, problems)
+        places = (place for parent in (folder, *split_folders(folder)) for place in _annotation_folders(parent))
+        return _follow_lists(lists, next(places, folder), problems)
     files: dict[str, list[Path]] = {}
-    for place, found in places.items():
-        if found:
-            split = next((split_of(part) for part in place.relative_to(folder).parts if split_of(part)), "train")
-            files.setdefault(split or "train", []).extend(found)
+    for file in _find_files(folder):
+        split = next(filter(None, map(split_of, file.relative_to(folder).parts[:-1])), "train")
+        files.setdefault(split, []).append(file)
     return {split: files[split] for split in SPLITS if split in files}
 
 
@@ -90,7 +92,7 @@ def _split_lists(folder: Path) -> dict[str, Path]:
     """`train.txt`, `val.txt`, … of `ImageSets/Main`; the lists of single classes, as `cat_train.txt`, are none."""
     lists = {file.stem.lower(): file for file in sorted((folder / "ImageSets" / "Main").glob("*.txt"))}
     named = {SPLIT_WORDS[word]: file for word, file in lists.items() if word in SPLIT_WORDS}
-    whole = lists.get("trainval") or lists.get("default")  # of VOC, which train and val overlap; of CVAT
+    whole = next((lists[word] for word in WHOLE if word in lists), None)
     return named if "train" in named or whole is None else {"train": whole} | named
 
 
@@ -114,7 +116,7 @@ def _follow_lists(lists: dict[str, Path], annotations: Path, problems: ProblemLo
                 what = f"names {name!r:.80}, but there is no file {file}"
                 problems.add("missing annotation file", f"{lists[split]}: line {number}", what)
     listed = {file for paths in files.values() for file in paths}
-    for file in sorted(annotations.rglob("*.xml")):
+    for file in list_files(annotations, (".xml",)):
         if file not in listed:
             problems.add("annotation file in no split", str(file), "no list in ImageSets/Main names it")
     return files
@@ -220,4 +222,14 @@ def _add_objects(annotations: Annotations, row: int, root: Element, labels: dict
             continue
         if element.findtext("difficult", "0").strip() == "1":
             annotations.report("difficult object", f"{name!r:.40} is marked as difficult", row, object_id, bbox)
-        annotations.add_object(row, object_id, bbox, labels[name])
+        annotations.add_object(row, object_id, bbox, labels[name], rotation=_rotation(element))
+
+
+def _rotation(element: Element) -> float:
+    """Degrees by which CVAT says that a box is turned."""
+    attributes = element.findall("attributes/attribute")
+    texts = [attribute.findtext("value", "") for attribute in attributes if attribute.findtext("name") == "rotation"]
+    try:
+        return float(texts[0]) if texts else 0.0
+    except ValueError:
+        return 0.0

@@ -2,18 +2,18 @@
 
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from .annotations import Annotations
-from .dataset_files import IMAGE_SUFFIXES, is_image, read_class_list, read_text
+from .dataset_files import IMAGE_SUFFIXES, find_class_list, list_files, read_classes, read_text
 from .layouts import SPLITS, split_folders, split_of
 from .problems import InvalidDatasetError, ProblemLog
 from .yolo_description import Places, find_description, read_description
 
-CLASS_LISTS = ("classes.txt", "obj.names", "labels.txt", "predefined_classes.txt")
+CLASS_LISTS = ("classes.txt", "obj.names", "labels.txt", "predefined_classes.txt", "_darknet.labels")
 OTHER_TEXTS = {*CLASS_LISTS, "readme.txt", "notes.txt", "train.txt", "val.txt", "valid.txt", "test.txt"}
 MAX_FRACTION = 1.01  # the last digit of a file is rounded; what is further out is checked in pixels
 MAX_UNNAMED = 10_000  # classes, where only their numbers are known
@@ -64,8 +64,7 @@ def read_yolo(
         listed, places = read_description(file, folder if source.is_dir() else None, problems)
     else:
         listed, places = [], _find_places(folder)
-    lists = (read_class_list(place, CLASS_LISTS) for place in (folder, folder / "labels", *split_folders(folder)))
-    listed = listed or next(filter(None, lists), []) or list(class_names or [])
+    listed = listed or _read_class_lists(folder) or list(class_names or [])
     images = {split: places[split].images() for split in SPLITS if split in places}
     splits = {
         split: _read_split(f'{folder}, split "{split}"', folder, files, listed, problems)
@@ -73,13 +72,37 @@ def read_yolo(
     }
     _report_orphans(places, images, problems)
     if file is None:
-        _report_unplaced(folder / "images", images, problems)
+        others = (child / "images" for child in folder.iterdir() if (child / "labels").is_dir())
+        _report_unplaced([folder / "images", *others], images, problems)
     if not listed:
         num_classes = max((max(annotations.labels, default=-1) for annotations in splits.values()), default=-1) + 1
         listed = [str(label) for label in range(num_classes)]
     for annotations in splits.values():
         annotations.class_names = listed
     return splits
+
+
+def _read_class_lists(folder: Path) -> list[str]:
+    """
+    The classes of the lists in the folder and beside the labels of its splits, where labelImg and Roboflow write one
+    each. One may go on where another ends.
+
+    Raises:
+        InvalidDatasetError: They number the classes differently.
+    """
+    places = [folder, *split_folders(folder)]
+    labels = [place / "labels" for place in places if (place / "labels").is_dir()]
+    places += [place for folder in labels for place in (folder, *split_folders(folder))]
+    files = [file for place in places if (file := find_class_list(place, CLASS_LISTS)) is not None]
+    lists = {file: read_classes(file) for file in files}
+    longest = max(lists, key=lambda file: len(lists[file]), default=None)
+    if longest is None:
+        return []
+    for file, names in lists.items():
+        if names != lists[longest][: len(names)]:
+            what = "number the classes differently. Write the same list into both, and the labels anew."
+            raise InvalidDatasetError(f"{longest} and {file} {what}")
+    return lists[longest]
 
 
 def to_pixels(annotations: Annotations) -> None:
@@ -112,14 +135,19 @@ def _find_places(folder: Path) -> dict[str, Places]:
     return {split: Places(folders, [], folder) for split, folders in found.items()}
 
 
-def _label_folders(images: Path) -> list[Path]:
-    """Where the labels of the images in a folder may lie: `…/labels/…` for `…/images/…`, and beside them."""
+def _labels_of(images: Path) -> list[Path]:
+    """`…/labels/…` for a folder `…/images/…`."""
     folders = []
     for name in ("images", "JPEGImages"):
         before, found, after = f"{images}{os.sep}".rpartition(f"{os.sep}{name}{os.sep}")
         if found:
             folders.append(Path(f"{before}{os.sep}labels{os.sep}{after}"))
-    return [*folders, images]
+    return folders
+
+
+def _label_folders(images: Path) -> list[Path]:
+    """Where the labels of the images in a folder may lie: in the folder for labels, and beside them."""
+    return [*_labels_of(images), images]
 
 
 def _read_split(
@@ -182,15 +210,18 @@ def _report_orphans(places: dict[str, Places], images: dict[str, list[Path]], pr
     for image in (image for files in images.values() for image in files):
         for folder in _label_folders(image.parent):
             names.setdefault(folder, set()).add(image.stem)
+    for labels in (labels for place in places.values() for folder in place.folders for labels in _labels_of(folder)):
+        for file in list_files(labels, (".txt",)) if labels.is_dir() else ():
+            names.setdefault(file.parent, set())
     for folder, stems in names.items():
-        for file in sorted(folder.glob("*.txt")):
+        for file in sorted(folder.glob("[!.]*.txt")):
             if file.name.lower() not in OTHER_TEXTS and file.stem not in stems:
                 problems.add("label file without image", str(file), f'there is no image "{file.stem}"')
 
 
-def _report_unplaced(folder: Path, images: dict[str, list[Path]], problems: ProblemLog) -> None:
+def _report_unplaced(folders: Iterable[Path], images: dict[str, list[Path]], problems: ProblemLog) -> None:
     """Note the images that are in no split, where others lie in folders of splits."""
     placed = {image for files in images.values() for image in files}
-    for path in sorted(set(folder.rglob("*")) - placed):
-        if is_image(path):
-            problems.add("image without annotations", str(path), "it is in the folder of no split", str(path))
+    found = {path for folder in folders if folder.is_dir() for path in list_files(folder, IMAGE_SUFFIXES)}
+    for path in sorted(found - placed):
+        problems.add("image without annotations", str(path), "it is in the folder of no split", str(path))

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from .dataset_files import check_class_names, is_image, is_name, read_classes, read_text
+from .dataset_files import IMAGE_SUFFIXES, check_class_names, is_name, list_files, read_classes, read_text
 from .layouts import SPLIT_WORDS
 from .problems import InvalidDatasetError, ProblemLog
 
@@ -33,7 +33,7 @@ class Places:
 
     def images(self) -> list[Path]:
         """The images, folders sorted, lists in their order."""
-        found = [file for folder in self.folders for file in sorted(filter(is_image, folder.rglob("*")))]
+        found = [file for folder in self.folders for file in list_files(folder, IMAGE_SUFFIXES)]
         for file in self.lists:
             lines = [line.strip().replace("\\", "/") for line in read_text(file).splitlines()]
             bases = [file.parent, self.root or file.parent]
