@@ -312,13 +312,19 @@ def test_ids_that_are_no_numbers_are_left_out(run, images, tmp_path):
     assert [found["image_id"] for found in read(tmp_path / "out")] == [0, 1]
 
 
-def test_its_own_pictures_are_not_among_the_images(run, images, tmp_path):
+def test_its_own_pictures_are_not_among_the_images(run, images, tmp_path, monkeypatch):
     """The default place of the predictions lies in the folder that `.` names."""
     folder = shutil.copytree(images, tmp_path / "images")
     for options in ([], [], ["--overwrite"]):
         assert run(folder, folder / "predictions", *options)[0] == 0
         assert len(read(folder / "predictions")) == 11
     assert len(list((folder / "predictions" / "pictures").iterdir())) == 11
+    monkeypatch.chdir(folder)
+    (tmp_path / "link").symlink_to(folder)
+    for source in (Path("..") / "images", tmp_path / "link"):
+        for _ in range(2):
+            assert run(source, "out", "--overwrite")[0] == 0
+            assert len(read(Path("out"))) == 22  # with the pictures of the other run
 
 
 def test_pictures_that_were_not_drawn_are_asked_for_in_vain(run, images, tmp_path):
@@ -327,6 +333,26 @@ def test_pictures_that_were_not_drawn_are_asked_for_in_vain(run, images, tmp_pat
     assert code == 2 and "pictures was null and is now true" in printed and "--no_pictures" in printed
     assert run(images, tmp_path, "--overwrite")[0] == 0
     assert run(images, tmp_path, "--no_pictures")[0] == 0  # drawn ones are no obstacle
+
+
+def test_a_run_without_pictures_that_goes_on_with_one_that_draws_leaves_no_gap(run, images, tmp_path, monkeypatch):
+    write = PredictionShards.write
+
+    def stopping(shards, name, predictions):
+        if shards.names():
+            raise KeyboardInterrupt
+        write(shards, name, predictions)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PredictionShards, "write", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(images, tmp_path)
+    assert run(images, tmp_path, "--format", "coco")[0] == 0
+    code, printed = run(images, tmp_path)
+    assert code == 2 and "pictures was false and is now true" in printed and "--no_pictures" in printed
+    assert run(images, tmp_path, "--overwrite")[0] == 0
+    assert run(images, tmp_path, "--format", "coco")[0] == 0  # of a finished run nothing is missing
+    assert run(images, tmp_path)[0] == 0 and len(list((tmp_path / "pictures").iterdir())) == 11
 
 
 @pytest.mark.parametrize("name", ["coco.json", "predictions.json", "yolo/labels/1.txt", "shards/1.parquet"])
@@ -357,6 +383,10 @@ def test_a_broken_manifest_is_refused(run, images, tmp_path, manifest):
         (["images", "saved"], [], "name one data set, or image files and folders"),
         (["images"], ["--streaming"], "are for a data set"),
         (["images"], ["--batch_size", "0"], "--batch_size is 0"),
+        (["images"], ["--threshold", "30"], "--threshold is 30.0; it must lie between 0 and 1"),
+        (["images"], ["--threshold", "nan"], "--threshold is nan; it must lie between 0 and 1"),
+        (["images"], ["--nms_threshold", "60"], "--nms_threshold is 60.0; it must lie between 0 and 1"),
+        (["one.parquet"], [], "one.parquet is no image. Of a data set in files name the folder"),
         (["images"], ["--dataset_config_name", "mini"], "are for a data set"),
         (["saved"], ["--dataset_config_name", "mini"], "saved is one data set: it has no configuration 'mini'"),
         (["saved"], ["--revision", "main"], "saved is a folder: it has no revision 'main'"),
@@ -373,6 +403,7 @@ def test_sources_that_cannot_be_used(run, images, tmp_path, monkeypatch, sources
     rows = Dataset.from_dict({"image": [str(images / "a.png")]}, features=Features({"image": ImageFeature()}))
     DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "saved")
     Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "texts")
+    rows.to_parquet(tmp_path / "one.parquet")
     code, printed = run(sources, tmp_path / "out", *options)
     assert code == 2 and message in printed
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,9 +73,53 @@ def test_of_annotated_images_the_training_split_alone_is_read(tmp_path, caplog):
         paths = listed(tmp_path)
     assert [path.rpartition("/")[2] for path in paths] == ["a.png", "b.png"]
     assert "validation (1), test (1)" in caplog.text
+    assert "1 images that no annotation names are left out" in caplog.text and "unlisted.png" in caplog.text
     (tmp_path / "annotations_train.json").unlink()
     with pytest.raises(InvalidDatasetError, match="has the splits validation, test: none"):
         listed(tmp_path)
+
+
+VOC = """<annotation><size><width>40</width><height>30</height></size><object><name>cat</name>
+<bndbox><xmin>2</xmin><ymin>2</ymin><xmax>20</xmax><ymax>20</ymax></bndbox></object></annotation>"""
+
+
+def test_images_that_no_annotation_names_are_trained_on_too(tmp_path, caplog):
+    """Annotations are dear: of a folder often but a part has them."""
+    names = ["JPEGImages/0.png", "JPEGImages/1.png", "JPEGImages/more/2.png"]
+    named, *unnamed = [str(save(tmp_path / "voc" / name)) for name in names]
+    held_out = save(tmp_path / "voc" / "JPEGImages" / "test" / "3.png")
+    save(tmp_path / "voc" / "logo.png")
+    (tmp_path / "voc" / "Annotations").mkdir()
+    (tmp_path / "voc" / "Annotations" / "0.xml").write_text(VOC)
+    with caplog.at_level(logging.INFO):
+        assert listed(tmp_path / "voc") == [named, *unnamed]
+    assert "2 images that no annotation names, as " in caplog.text
+    assert f"2 images that no annotation names are left out, as {held_out}" in caplog.text
+
+    content = {"images": [{"id": 1, "file_name": "b.png"}], "annotations": [], "categories": [{"id": 1, "name": "x"}]}
+    content["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 10, 10]}]
+    files = [str(save(tmp_path / "coco" / name)) for name in ("a.png", "b.png", "c.png")]
+    (tmp_path / "coco" / "all.json").write_text(json.dumps(content))
+    assert listed(tmp_path / "coco") == [files[1], files[0], files[2]]
+    assert listed(tmp_path / "coco" / "all.json") == [files[1]]  # a file says which
+
+
+def test_the_folder_of_the_run_is_left_out_aloud(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.chdir(tmp_path)
+    kept = [save(tmp_path / name) for name in ("a.png", "b/outputs/c.png")]
+    save(tmp_path / "outputs" / "samples" / "step-1.png")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for source, output_dir in ((".", "outputs"), (tmp_path / "link", tmp_path / "b" / ".." / "outputs")):
+        rows = list_training_images([str(source)], leave_out=Path(output_dir))
+        assert [Path(image["path"]).name for image in rows["image"]] == [path.name for path in kept]
+    assert ".: the output_dir outputs in it is left out" in caplog.text
+    (tmp_path / "data.yaml").write_text("train: .\nnames: [cat]\n")
+    (tmp_path / "a.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    rows = list_training_images([str(tmp_path)], leave_out=Path("outputs"))
+    assert [Path(image["path"]).name for image in rows["image"]] == ["a.png", "c.png"]
+    with pytest.raises(InvalidDatasetError, match=r"link is a folder of images.*Name another"):
+        list_training_images([str(tmp_path)], leave_out=tmp_path / "link")
 
 
 def test_of_data_sets_the_training_split_alone_is_read(tmp_path):

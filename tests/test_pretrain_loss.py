@@ -16,6 +16,7 @@ from torch.distributions import Normal, kl_divergence
 from dit_detection.pretraining.diffusion_loss import MAX_WEIGHT, DDPMLoss, FlowLoss
 from dit_detection.pretraining.diffusion_model import DiffusionModel
 from dit_detection.pretraining.new_dit import new_dit, new_scheduler
+from dit_detection.pretraining.sampling import _ddim, sample_images
 
 # First, last, and some between.
 TIMESTEPS = torch.tensor([0, 1, 2, 17, 500, 998, 999, 999])
@@ -152,11 +153,45 @@ def test_flow_loss_is_the_error_of_the_velocity():
     time = torch.tensor([0.0, 0.25, 0.5, 0.999])
     output = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
     predict, asked = record(output)
-    losses = FlowLoss()(predict, clean, noise, time)
+    losses = FlowLoss(1000)(predict, clean, noise, time)
     torch.testing.assert_close(asked["noisy"][0], clean[0])  # 0 is the clean end
     torch.testing.assert_close(asked["noisy"][2], (clean[2] + noise[2]) / 2)
     torch.testing.assert_close(asked["timesteps"], torch.tensor([0.0, 250, 500, 999]))
     torch.testing.assert_close(losses, (output - noise + clean).square().flatten(1).mean(1))
+
+
+def test_of_a_shorter_flow_the_network_is_told_what_the_sampler_tells():
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=500)
+    model, told = DiffusionModel(new_dit("tiny", 16), scheduler), []
+    model.predict = lambda noisy, timesteps: (told.append(timesteps.max().item()), torch.zeros_like(noisy))[1]
+    model.loss_of(*torch.zeros(2, 1, 3, 16, 16), torch.tensor([0.999]))
+    sample_images(model, None, 1, num_steps=2)
+    assert told == [pytest.approx(499.5), 500, pytest.approx(1)]
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDPMScheduler(num_train_timesteps=20),
+        DDPMScheduler(beta_schedule="sigmoid"),
+        DDPMScheduler(beta_schedule="laplace", prediction_type="v_prediction"),
+        DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"),
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    ],
+)
+def test_what_can_be_trained_can_be_sampled(scheduler):
+    model = DiffusionModel(new_dit("tiny", 16), scheduler)
+    before = dict(scheduler.config)
+    assert len(sample_images(model, None, 2, num_steps=25)) == 2
+    assert dict(scheduler.config) == before
+
+
+def test_the_noise_schedule_of_samples_is_that_of_the_loss():
+    for schedule in ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"):
+        scheduler = DDPMScheduler(beta_schedule=schedule)
+        config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+        sampler = _ddim(config, clip_sample=True)
+        torch.testing.assert_close(sampler.alphas_cumprod, scheduler.alphas_cumprod)
 
 
 @pytest.mark.parametrize("objective", ["flow", "epsilon", "v_prediction", "sample"])
@@ -165,7 +200,7 @@ def test_a_network_without_loss_samples_the_clean_image(objective):
     # it leads any noise to the image that it has in mind.
     clean, noise = batch(count=1)
     scheduler = new_scheduler(objective, on_pixels=True)
-    loss = FlowLoss() if objective == "flow" else DDPMLoss(dict(scheduler.config), False)
+    loss = FlowLoss(1000) if objective == "flow" else DDPMLoss(dict(scheduler.config), False)
 
     def oracle(noisy, timesteps):
         if objective == "flow":
@@ -200,6 +235,17 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_images(model):
     alone = [model(images[i : i + 1], time[i : i + 1], seed[i : i + 1])["loss"] for i in range(5)]
     torch.testing.assert_close(together, torch.stack(alone).mean())
     assert model(images, time, seed + 1)["loss"] != together
+
+
+def test_the_loss_of_a_step_is_shared_out_over_its_batches(model):
+    images = torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8)
+    time, seed = torch.linspace(0, 0.99, 5), torch.arange(5)
+    parts = [slice(0, 3), slice(3, 5)]
+    losses = [model(images[p], time[p], seed[p], num_items_in_batch=torch.tensor(5))["loss"] for p in parts]
+    torch.testing.assert_close(sum(losses), model(images, time, seed)["loss"])
+    is_counted = torch.tensor([True, True, True, False, False])
+    first = model(images, time, seed, is_counted)["loss"]
+    torch.testing.assert_close(first, model(images[:3], time[:3], seed[:3])["loss"])
 
 
 def test_pixels_are_scaled_to_unit_size(model):

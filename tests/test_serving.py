@@ -1,4 +1,5 @@
 import io
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +11,7 @@ from starlette.testclient import TestClient
 from transformers import pipeline
 
 from dit_detection import DiTDetectionImageProcessor
+from dit_detection.commands import serve
 from dit_detection.data.image_reading import UnreadableImageError
 from dit_detection.inference.serving import BatchedDetector, DetectorBusyError
 from dit_detection.inference.serving_app import MAX_BYTES, make_app
@@ -232,6 +234,18 @@ def test_positions_survive_another_thread_that_clears_them(model):
         assert torch.equal(embedding.positions(3, 5, like), first)
     finally:
         embedding._positions = kept
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: b""])
+def test_weights_that_cannot_be_loaded_end_the_command_and_not_worker_after_worker(
+    saved_detector, tmp_path, monkeypatch, damage
+):
+    folder = shutil.copytree(saved_detector, tmp_path / "detector")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(damage(weights.read_bytes()))
+    monkeypatch.setattr("uvicorn.run", lambda *args, **kwargs: pytest.fail("it was started"))
+    with pytest.raises(SystemExit, match=r"dit-detect serve: .*detector cannot be loaded: "):
+        serve.main([str(folder), "--workers", "2"])
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoImageProcessor
 
 from ..adapters import BASE, is_adapter, load_detector
+from ..data.dataset_files import check_class_names
 from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
 from ..model.modeling_dit_detection import DiTForObjectDetection
 from .train_options import read_json_option
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     source, target = Path(args.source).resolve(), Path(args.output_dir).resolve()
     if target in (source, source / BASE):
         parser.error(f"{args.output_dir} has what is converted, which would be written over. Name another folder.")
+    check_class_names(args.labels or [], "--labels")
 
     if is_adapter(args.source):
         if vars(args) != vars(parser.parse_args([args.source, args.output_dir])):

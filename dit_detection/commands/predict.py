@@ -59,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("batch_size", "shard_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; it must be 1 or more.")
+    for name in ("threshold", "nms_threshold"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value <= 1:
+            parser.error(f"--{name} is {value}; it must lie between 0 and 1.")
 
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -75,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         image_processor = AutoImageProcessor.from_pretrained(args.checkpoint)
         pictures = output_dir / "pictures" if args.format == "json" and not args.no_pictures else None
         if state.is_main_process:
-            # Without pictures it does not matter whether an earlier run drew some.
+            # Without them it does not matter whether an earlier run drew some.
             more = {} if pictures is None else {"pictures": True}
             if isinstance(images, IterableDataset):
                 names = ("dataset_config_name", "split", "revision")
@@ -123,6 +127,9 @@ def _open_images(args: argparse.Namespace, state: PartialState, listing: Path) -
             )
         with state.main_process_first():  # the others find in the cache what it prepares
             return open_dataset(args.images[0], args.dataset_config_name, args.split, args.revision, args.streaming)
+    for source in args.images:
+        if source.endswith(".parquet") and Path(source).is_file():
+            raise InvalidDatasetError(f"{source} is no image. Of a data set in files name the folder they lie in.")
     if args.streaming or args.dataset_config_name or args.split or args.revision:
         options = "--streaming, --dataset_config_name, --split and --revision"
         raise InvalidDatasetError(f"{options} are for a data set, not for files and folders.")

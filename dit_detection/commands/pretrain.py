@@ -1,6 +1,7 @@
 """Images without annotations → a pretrained Diffusion Transformer, for `dit-detect train --model`."""
 
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -34,6 +35,7 @@ from .train_options import shown_command
 logger = logging.getLogger(__name__)
 
 MAX_HELD_OUT = 256
+COMPILED = "_orig_mod."  # what `torch.compile` puts before the names of a module's weights
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -48,14 +50,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model, vae = _load_model(options)
     image_size = _image_size(model, vae)
     with args.main_process_first(desc="listing the images"):
-        rows = _list_images(options, image_size, args.seed)
+        rows = _list_images(options, image_size, args.seed, Path(str(args.output_dir)))
     if options.dry_run:
         if args.process_index == 0:
             print(_describe_cost(model, vae, options, args, len(rows)))
         return {}
     images = _read_images(rows, options, args, image_size)
     train, held_out = _datasets(images, options, args, model, vae)
-    trainer = DiffusionTrainer(model, args, vae=vae, train_dataset=train, eval_dataset=held_out)
+    trainer = DiffusionTrainer(
+        model, args, vae=vae, fingerprint=images.fingerprint, train_dataset=train, eval_dataset=held_out
+    )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     minutes = trainer.state.log_history[-1].get("minutes", 0.0)
     metrics = trainer.evaluate()
@@ -63,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     trainer.save_state()
 
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    weights = {name.replace(COMPILED, ""): weight for name, weight in weights.items()}
     if trainer.is_world_process_zero():
         folder = Path(str(args.output_dir))
         trained = DiffusionModel(type(model.transformer).from_config(model.transformer.config), model.scheduler)
@@ -110,9 +115,9 @@ def _image_size(model: DiffusionModel, vae: Any) -> int:
     return config.sample_size * _downsampling(vae)
 
 
-def _list_images(options: PretrainingOptions, image_size: int, seed: int) -> Dataset:
+def _list_images(options: PretrainingOptions, image_size: int, seed: int, output_dir: Path) -> Dataset:
     """All images, encoded: those of the sources, then the drawn ones."""
-    parts = [list_training_images(options.images)] if options.images else []
+    parts = [list_training_images(options.images, leave_out=output_dir)] if options.images else []
     if options.num_shapes:
         sides = (max(32, image_size), max(32, round(1.5 * image_size)))
         drawn = draw_shapes_dataset(options.num_shapes, 0, 0, image_size=sides, seed=seed)["train"]
@@ -146,13 +151,14 @@ def _datasets(
     """What is trained on, and what the loss is measured on."""
     image_size = _image_size(model, vae)
     order = np.random.default_rng(args.seed).permutation(len(images))
-    num_held_out = min(MAX_HELD_OUT, max(1, round(len(images) * options.validation_fraction)))
+    num_held_out = _num_held_out(len(images), options)
     train: Any = RandomCrops(images, order[num_held_out:], image_size, options.crop_area, args.seed)
     held_out: Any = CentreCrops(images, order[:num_held_out], image_size)
     if vae is not None:
         settings = {
             "images": images.fingerprint,
             "image_size": image_size,
+            "stored_side": images.side,
             "seed": args.seed,
             "num_held_out": num_held_out,
             "versions": {name: version(name) for name in ("dit_detection", "diffusers", "pillow")},
@@ -161,6 +167,10 @@ def _datasets(
         train = cache_latents(train, vae, num_views=options.num_views, key=crops, device=args.device)
         held_out = cache_latents(held_out, vae, num_views=1, key=settings, device=args.device)
     return NoisedViews(train, args.seed), FixedNoise(held_out, args.seed)
+
+
+def _num_held_out(num_images: int, options: PretrainingOptions) -> int:
+    return min(MAX_HELD_OUT, max(1, round(num_images * options.validation_fraction)))
 
 
 def _facts(
@@ -198,27 +208,41 @@ def _facts(
     )
 
 
+def length_of(args: PretrainingArguments, num_train: int) -> tuple[int, float]:
+    """How many optimizer steps and how many epochs a run on so many images has, as `Trainer` counts them."""
+    num_batches = math.ceil(num_train / (args.train_batch_size * args.world_size))
+    if args.max_steps > 0:
+        per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        return args.max_steps, args.max_steps * per_step / num_train
+    num_steps = math.ceil(args.num_train_epochs * math.ceil(num_batches / args.gradient_accumulation_steps))
+    return num_steps, args.num_train_epochs
+
+
 def _describe_cost(
     model: DiffusionModel, vae: Any, options: PretrainingOptions, args: PretrainingArguments, num_images: int
 ) -> str:
     """A table of parameters, operations, memory and time of the run that the options describe."""
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    flops, num_bytes = step_cost(model, args.per_device_train_batch_size, dtype, args.gradient_checkpointing)
+    flops, num_bytes = step_cost(
+        model, args.per_device_train_batch_size, dtype, args.gradient_checkpointing, has_averages=args.ema_decay > 0
+    )
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     seconds = measure_step(model.to(args.device), args.per_device_train_batch_size, dtype)
     seconds *= args.gradient_accumulation_steps
     images = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    num_held_out = _num_held_out(num_images, options)
+    num_steps, num_epochs = length_of(args, num_images - num_held_out)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     config: Any = model.transformer.config
     lines = [
-        ("images", f"{num_images}, each seen {images * args.max_steps / num_images:.1f} times"),
+        ("images", f"{num_images}, {num_held_out} of them held out, the others seen {num_epochs:.1f} times each"),
         ("parameters", f"{num_parameters / 1e6:.1f} M"),
         ("input", f"{config.in_channels} x {config.sample_size} x {config.sample_size}, as the DiT sees it"),
         ("per image", f"{flops / 1e9:.1f} GFLOP, forward and backward"),
         ("memory", f"about {size_text(num_bytes)} for a step of {args.train_batch_size} images per device"),
         ("step", f"{seconds:.2f} seconds for {images} images, measured just now; reading images comes on top"),
-        ("time", f"about {duration_text(seconds * args.max_steps)} for {args.max_steps} steps"),
+        ("time", f"about {duration_text(seconds * num_steps)} for {num_steps} steps"),
     ]
     if vae is not None:
         num_views = options.num_views * num_images

@@ -89,6 +89,8 @@ def parse_options(argv: list[str]) -> tuple[PretrainingOptions, PretrainingArgum
     )
     if not {"model", "images", "num_shapes"} & names:
         parser.set_defaults(**EMBEDDED_JOB)
+    if "num_train_epochs" in names:
+        parser.set_defaults(max_steps=-1)  # of both, steps would count
     fixed = sorted(names & {"size", "objective", "image_size"})
     if "model" in names and fixed:
         parser.error(f"--{', --'.join(fixed)}: of a new DiT. With --model, that of the checkpoint is kept.")
@@ -101,6 +103,11 @@ def parse_options(argv: list[str]) -> tuple[PretrainingOptions, PretrainingArgum
         parser.error(f"--crop_area {options.crop_area} must lie above 0 and up to 1.")
     if not 0 < options.validation_fraction < 1:
         parser.error(f"--validation_fraction {options.validation_fraction} must lie between 0 and 1.")
+    if args.push_to_hub:
+        parser.error(
+            "--push_to_hub: what is left behind is a pipeline, which the Trainer cannot push. When it is done: "
+            f"hf upload USER/NAME {args.output_dir} --exclude 'checkpoint-*/*'"
+        )
     if options.num_views < 1 or options.num_shapes < 0:
         parser.error("--num_views must be 1 or more, and --num_shapes 0 or more.")
     if not 0 <= args.ema_decay < 1:

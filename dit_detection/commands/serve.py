@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor
 
 from ..adapters import is_adapter, load_detector
@@ -34,10 +35,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     import uvicorn
 
     try:  # here, where it is told once: of a process that cannot load it uvicorn only starts the next
-        if not is_adapter(args.checkpoint):
+        if args.workers > 1:
+            load(args.checkpoint)
+        elif not is_adapter(args.checkpoint):
             AutoConfig.from_pretrained(args.checkpoint, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        sys.exit(f"dit-detect serve: {error}")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        sys.exit(f"dit-detect serve: {args.checkpoint} cannot be loaded: {error}")
     os.environ[ENVIRONMENT] = json.dumps(vars(args))
     uvicorn.run(
         f"{__name__}:{load_app.__name__}",
@@ -57,7 +60,12 @@ def load_app() -> Any:
     args = argparse.Namespace(**json.loads(os.environ[ENVIRONMENT]))
     torch.set_num_threads(max(1, torch.get_num_threads() // args.workers))
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    model, image_processor = load(args.checkpoint)
+    return make_app(BatchedDetector(model.to(device), image_processor, args.max_batch_size, args.max_waiting))
+
+
+def load(checkpoint: str) -> tuple[Any, Any]:
+    """The detector and its image processor."""
     # Without this word transformers would ask on the terminal whether to run a repository's code.
-    model = load_detector(args.checkpoint, trust_remote_code=False).to(device)
-    image_processor = AutoImageProcessor.from_pretrained(args.checkpoint, trust_remote_code=False)
-    return make_app(BatchedDetector(model, image_processor, args.max_batch_size, args.max_waiting))
+    image_processor = AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False)
+    return load_detector(checkpoint, trust_remote_code=False), image_processor

@@ -39,7 +39,7 @@ def find_images(folder: str | Path, leave_out: Path | None = None) -> Iterator[s
         ordered = sorted(entries, key=lambda entry: entry.name)
     for entry in ordered:
         if entry.is_dir(follow_symlinks=False):
-            if leave_out is None or Path(entry.path).absolute() != leave_out.absolute():
+            if leave_out is None or not (leave_out.is_dir() and os.path.samefile(entry.path, leave_out)):
                 yield from find_images(entry.path, leave_out)
         elif is_image(Path(entry.name)):
             yield entry.path

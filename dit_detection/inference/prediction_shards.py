@@ -64,7 +64,8 @@ class PredictionShards:
             SettingsChangedError: It is not; the message names what differs.
         """
         settings = json.loads(json.dumps(settings))
-        before = self.manifest().get("settings")
+        manifest = self.manifest()
+        before = manifest.get("settings")
         if before is None:
             strange = [name for name in OUTPUTS if (self.folder / name).exists()]
             if strange:
@@ -90,6 +91,9 @@ class PredictionShards:
             left_over.unlink(missing_ok=True)
         if before is None:
             self._write_manifest({"settings": settings, "complete": False})
+        elif before.get("pictures") and not settings.get("pictures") and not manifest.get("complete"):
+            # Of the shards that this run makes there will be none.
+            self._write_manifest(manifest | {"settings": before | {"pictures": False}})
 
     def manifest(self) -> dict[str, Any]:
         """What `manifest.json` says; empty without one, and if it is damaged."""

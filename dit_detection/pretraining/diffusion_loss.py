@@ -129,17 +129,24 @@ class FlowLoss(nn.Module):
     """
     Flow matching on the straight line `x_t = (1 - t) * clean + t * noise`: the velocity `noise - clean` is predicted.
 
-    The network is told `1000 * t`, so that 0 is the clean end, as in a discrete schedule of 1000 steps.
+    The network is told `num_timesteps * t`, as the scheduler tells it when it samples: 0 is the clean end.
+
+    Args:
+        num_timesteps (`int`): The scheduler's `num_train_timesteps`.
 
     Source: rectified flow (arXiv 2209.03003); diffusers' `FlowMatchEulerDiscreteScheduler` samples from it. SiT (arXiv
     2401.08740) counts time the other way round.
     """
 
+    def __init__(self, num_timesteps: int) -> None:
+        super().__init__()
+        self.num_timesteps = num_timesteps
+
     def forward(self, predict: Predict, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """As [`DDPMLoss`]."""
         time = time.float()
         t = time.view(-1, 1, 1, 1)
-        output = predict((1 - t) * clean + t * noise, 1000 * time).float()
+        output = predict((1 - t) * clean + t * noise, self.num_timesteps * time).float()
         return (output - (noise - clean)).square().mean(dim=(1, 2, 3))
 
 

@@ -23,6 +23,9 @@ class DiffusionModel(nn.Module):
         ValueError: If there is no objective for this scheduler or this number of output channels.
     """
 
+    # Trainer then divides no loss by the number of batches in a step, and hands over that of images.
+    accepts_loss_kwargs = True
+
     def __init__(self, transformer: DiTTransformer2DModel, scheduler: Any) -> None:
         super().__init__()
         self.transformer, self.scheduler = transformer, scheduler
@@ -38,33 +41,48 @@ class DiffusionModel(nn.Module):
         if is_flow(scheduler):
             if learns_sigma:
                 raise ValueError("A DiT trained by flow matching has no outputs for a variance, but this one has.")
-            self.objective: nn.Module = FlowLoss()
+            self.objective: nn.Module = FlowLoss(scheduler.config.num_train_timesteps)
         else:
             _check_schedule(scheduler)
             self.objective = DDPMLoss(dict(scheduler.config), learns_sigma)
 
-    def forward(self, images: Tensor, time: Tensor, seed: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self,
+        images: Tensor,
+        time: Tensor,
+        seed: Tensor,
+        is_counted: Tensor | None = None,
+        num_items_in_batch: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """
         Args:
             images (`torch.Tensor` of shape `(B, C, H, W)`): 8-bit pixels; or latents, shifted and scaled.
             time (`torch.Tensor` of shape `(B,)`): In [0, 1): how much noise each image gets.
             seed (`torch.Tensor` of shape `(B,)`): Of each image's noise; so the loss of an image depends neither on
                 its batch nor on the number of processes.
+            is_counted (`torch.Tensor` of shape `(B,)`, *optional*): Which images have a loss; by default all.
+            num_items_in_batch (`torch.Tensor` of shape `()`, *optional*): Images of the whole step, over all processes
+                and batches; by default those counted here.
 
         Returns:
-            `dict`: `loss`, the mean over the images.
+            `dict`: `loss`, the sum over the images by their number.
         """
         clean = images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
         generators = [torch.Generator(clean.device).manual_seed(number) for number in seed.tolist()]
         noise = torch.stack([torch.randn(clean.shape[1:], generator=g, device=clean.device) for g in generators])
-        return {"loss": self.loss_of(clean, noise, time)}
+        losses = self.objective(self.predict, clean, noise, time)
+        if is_counted is not None:
+            losses = losses * is_counted
+        if num_items_in_batch is None:
+            num_items_in_batch = losses.new_tensor(len(losses)) if is_counted is None else is_counted.sum()
+        return {"loss": losses.sum() / num_items_in_batch}
 
     def loss_of(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """The mean loss of clean images with this noise, both `(B, C, H, W)`, at times `(B,)` in [0, 1)."""
         return self.objective(self.predict, clean, noise, time).mean()
 
     def predict(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """`(B, C, H, W)` at timesteps `(B,)`, 0 to 1000 → `(B, out_channels, H, W)`."""
+        """`(B, C, H, W)` at timesteps `(B,)`, 0 to those of the scheduler → `(B, out_channels, H, W)`."""
         classes = torch.full_like(timesteps, self.null_class, dtype=torch.int64)
         return self.transformer(noisy, timestep=timesteps, class_labels=classes).sample
 

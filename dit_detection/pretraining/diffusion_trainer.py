@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from transformers.trainer_utils import TrainOutput
 
 from ..data import EpochCallback
 from ..training.ema import EmaCallback
+from ..training.fault_tolerant_trainer import NonFiniteLossError
+from ..training.global_batch import num_repeated
 from ..training.safe_trainer import SafeTrainer
 from .diffusion_model import DiffusionModel
 from .sampling import sample_grid, sample_images
@@ -23,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 NUM_SAMPLES = 8
 SAMPLING_STEPS = 25
+FINGERPRINT = "images.fingerprint"  # in a checkpoint
 
 
 @dataclass
@@ -62,12 +66,26 @@ class DiffusionTrainer(SafeTrainer):
     Args:
         model (`DiffusionModel`), args (`PretrainingArguments`): As of `Trainer`.
         vae (`Any`): What turns sampled latents into pixels; `None` for a DiT on pixels.
+        fingerprint (`str`, *optional*): Of the images. A checkpoint of other ones is refused: held out there, they may
+            be trained on here.
         kwargs: Of `Trainer`.
     """
 
-    def __init__(self, model: DiffusionModel, args: PretrainingArguments, *, vae: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: DiffusionModel,
+        args: PretrainingArguments,
+        *,
+        vae: Any,
+        fingerprint: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args.n_gpu > 1:
+            # DataParallel, which Trainer takes for them, would cut the number of images, too.
+            logger.warning("This process trains on 1 of %d GPUs: accelerate launch --multi_gpu uses all.", args.n_gpu)
+            args._n_gpu = 1
         super().__init__(model, args, data_collator=default_collate, **kwargs)
-        self.vae = vae
+        self.vae, self.fingerprint = vae, fingerprint
         self._started: float | None = None
         self._minutes_before: float | None = None
         self.add_callback(EpochCallback())
@@ -91,6 +109,53 @@ class DiffusionTrainer(SafeTrainer):
         finally:
             self._started = None
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """The batches of a step, and how many images are in all processes: what the loss is divided by."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        counted = [torch.ones(len(batch["time"]), dtype=torch.bool, device=device) for batch in batches]
+        if self.accelerator.gradient_state.end_of_dataloader:
+            last, loader = counted[-1], self.accelerator.gradient_state.active_dataloader
+            last[len(last) - num_repeated(loader, len(last)) :] = False
+        batches = [batch | {"is_counted": mask} for batch, mask in zip(batches, counted, strict=True)]
+        num_images = torch.cat(counted).sum()
+        if self.args.average_tokens_across_devices:
+            num_images = self.accelerator.reduce(num_images, reduction="sum")
+        return batches, num_images
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As `Trainer`; with the fingerprint of the images."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and self.fingerprint is not None:
+            folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
+            (folder / FINGERPRINT).write_text(f"{self.fingerprint}\n", encoding="utf-8")
+
+    def _checkpoint_to_load(self, wanted: str | bool | None) -> str | None:
+        """As of [`SafeTrainer`]."""
+        checkpoint = super()._checkpoint_to_load(wanted)
+        file = Path(checkpoint or "", FINGERPRINT)
+        if checkpoint is None or self.fingerprint is None or not file.is_file():
+            return checkpoint
+        if file.read_text(encoding="utf-8").strip() != self.fingerprint:
+            raise ValueError(
+                f"{checkpoint} has learnt from other images than there are now: some of those held out now may be "
+                "among them. Bring back the images, or begin anew in another --output_dir."
+            )
+        return checkpoint
+
+    def _non_finite(self, losses: list[float], norm: float) -> NonFiniteLossError:
+        """As of [`FaultTolerantTrainer`]; but these images have no ids, and no annotations that may be wrong."""
+        super()._non_finite(losses, norm)
+        step = self.state.global_step + 1
+        return NonFiniteLossError(
+            f"Step {step} is not finite: loss {sum(losses):.4g}, gradient {norm:.4g}; see "
+            f"{Path(str(self.args.output_dir)) / f'not_finite_step_{step}.json'}. The weights did not take it. Train "
+            "anew with a lower --learning_rate, or in float32 (--bf16 False)."
+        )
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`; while training, with the minutes so far, those before an interruption included."""
         if self._started is not None:
@@ -104,7 +169,10 @@ class DiffusionTrainer(SafeTrainer):
         """As `Trainer.evaluate`; also draws samples."""
         metrics = super().evaluate(*args, **kwargs)
         if self.args.save_samples:
-            self.draw_samples()
+            try:
+                self.draw_samples()
+            except Exception as error:  # training does not need them
+                logger.warning("No samples could be drawn after step %d: %s", self.state.global_step, error)
         return metrics
 
     def draw_samples(self) -> Path | None:

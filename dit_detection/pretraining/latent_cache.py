@@ -98,10 +98,11 @@ def cache_latents(
         latents.flush()
         del latents
         state.wait_for_everyone()
-        if state.is_main_process and not path.is_file():
-            unfinished.replace(path)
-        elif state.is_main_process:
-            unfinished.unlink()  # the other run was first; it may be reading its own
+        if state.is_main_process:
+            if not path.is_file():  # or the other run was first; it may be reading its own
+                unfinished.replace(path)
+            for leftover in folder.glob(f"{path.stem}.*.unfinished"):  # this run's, and those of runs that were killed
+                leftover.unlink(missing_ok=True)
         vae.to("cpu")
     state.wait_for_everyone()
     return CachedLatents(path)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -21,15 +21,17 @@ def sample_images(
     Args:
         model (`DiffusionModel`): On the device that computes.
         vae (`Any`): The autoencoder of a DiT on latents, else `None`.
-        num_images (`int`), num_steps (`int`): How many, and with how many evaluations of the network each.
+        num_images (`int`), num_steps (`int`): How many, and with how many evaluations of the network each; as many as
+            the schedule has timesteps at most.
         seed (`int`): Of the noise. The global random state is left as it was.
     """
     config: Any = model.transformer.config
     device = next(model.parameters()).device
     shape = (num_images, config.in_channels, config.sample_size, config.sample_size)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    sampler = model.scheduler if is_flow(model.scheduler) else _ddim(model.scheduler.config, clip_sample=vae is None)
-    sampler.set_timesteps(num_steps, device=device)
+    values = {name: value for name, value in model.scheduler.config.items() if not name.startswith("_")}
+    sampler = _euler(values) if is_flow(model.scheduler) else _ddim(values, clip_sample=vae is None)
+    sampler.set_timesteps(min(num_steps, values["num_train_timesteps"]), device=device)
     was_training = model.training
     model.eval()
     for timestep in sampler.timesteps:
@@ -39,10 +41,16 @@ def sample_images(
     return _to_images(x if vae is None else decode_latents(vae, x))
 
 
+def _euler(config: dict[str, Any]) -> Any:
+    """Euler's method with the shift of the scheduler; one that depends on the size of the image is left out."""
+    return FlowMatchEulerDiscreteScheduler.from_config(config | {"use_dynamic_shifting": False})
+
+
 def _ddim(config: dict[str, Any], clip_sample: bool) -> Any:
     """DDIM on the noise schedule of another scheduler; pixels end at -1 and 1, latents do not."""
-    values = {name: value for name, value in config.items() if not name.startswith("_")}
-    return DDIMScheduler.from_config(values | {"clip_sample": clip_sample})
+    # DDIM itself does not know all the names of schedules.
+    known: Any = DDPMScheduler.from_config(config)
+    return DDIMScheduler.from_config(config | {"clip_sample": clip_sample, "trained_betas": known.betas.tolist()})
 
 
 def sample_grid(images: list[Image.Image], columns: int = 4) -> Image.Image:
