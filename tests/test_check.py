@@ -1,6 +1,7 @@
 import io
 import json
 import os
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -482,10 +483,13 @@ def test_a_console_that_is_not_utf8(planted, monkeypatch, encoding):
     assert "area on 512 x 512" in stream.read()
 
 
-def test_json_of_a_folder_whose_name_is_not_utf8(tmp_path):
+def test_json_of_a_folder_whose_name_is_not_utf8(tmp_path, caplog):
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     folder.mkdir()
     planted = Planted(folder)
-    report, code = run(planted.write(), "--fast")
+    printed = io.StringIO()  # pytest-xdist cannot pass on what has such a name in it
+    with redirect_stdout(printed), redirect_stderr(printed):
+        report, code = run(planted.write(), "--fast")
+    caplog.clear()
     assert code == 1 and report["dataset"] == str(folder)
     assert kinds_of(report)["file name that is not UTF-8"]["count"] == NUM_TRAIN + NUM_VALIDATION
