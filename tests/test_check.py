@@ -1,5 +1,6 @@
 import io
 import json
+import logging
 import os
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -488,8 +489,7 @@ def test_json_of_a_folder_whose_name_is_not_utf8(tmp_path, caplog):
     folder.mkdir()
     planted = Planted(folder)
     printed = io.StringIO()  # pytest-xdist cannot pass on what has such a name in it
-    with redirect_stdout(printed), redirect_stderr(printed):
+    with redirect_stdout(printed), redirect_stderr(printed), caplog.at_level(logging.CRITICAL):
         report, code = run(planted.write(), "--fast")
-    caplog.clear()
     assert code == 1 and report["dataset"] == str(folder)
     assert kinds_of(report)["file name that is not UTF-8"]["count"] == NUM_TRAIN + NUM_VALIDATION
