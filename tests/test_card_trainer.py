@@ -197,6 +197,7 @@ def test_metrics_of_the_user_are_told_without_a_report(make_trainer, dataset, tm
     assert "Without objects" not in card and "recall" not in card and "None" not in card
 
 
+@pytest.mark.slow  # accelerate collects garbage
 def test_the_batch_size_that_was_found_is_told(make_trainer, tmp_path, monkeypatch):
     trainer = make_trainer(
         auto_find_batch_size=True,
