@@ -482,7 +482,7 @@ def test_the_best_is_one_that_is_saved(make_trainer, tmp_path, left_by_another_r
 def test_the_best_is_found_where_the_run_was_moved_to(build, tmp_path):
     scores = iter([0.5, 0.3, 0.2, 0.1])
     arguments = {
-        "compute_metrics": lambda predictions: {"score": next(scores)},
+        "compute_metrics": lambda predictions: {"score": next(scores, 0.0)},
         "eval_strategy": "steps",
         "eval_steps": 2,
         "save_steps": 2,
