@@ -24,6 +24,10 @@ Settings are chosen on the validation split: these are the lists in scripts/evid
 
 What a DiT knows before any detector is trained on it, per block and timestep, beside random weights. The pretrained
 DiT is that of the package, unless --pretrained names another.
+
+    python scripts/experiments.py --autoencoder FOLDER
+
+Trains the small autoencoder with whose latents pretraining was tried, as `dit-detect pretrain --vae FOLDER` takes it.
 """
 
 import argparse
@@ -42,6 +46,7 @@ def main() -> None:
     """Read the options, then make what is missing, or print what is there."""
     # What a run writes in its temporary folder is removed when it is ended from outside, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Ended; go on with the same command."))
+    from scripts.evidence.autoencoding import train_autoencoder
     from scripts.evidence.probing import print_probes
     from scripts.evidence.records import Records
     from scripts.evidence.running import Runner
@@ -54,6 +59,10 @@ def main() -> None:
     if args.large and args.sweep:
         parser.error("--large is a budget of the table; a --sweep has its own.")
     try:
+        if args.autoencoder:
+            ratio = train_autoencoder(args.autoencoder, [args.data / name for name in DATASETS])
+            print(f"{args.autoencoder}: peak signal-to-noise ratio {ratio:.1f} dB on held-out images.")
+            return
         if args.probe:
             print_probes(args.data, args.pretrained, args.datasets or DATASETS)
             return
@@ -113,6 +122,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--sweep", choices=SWEEPS, help="compare settings on the validation split")
     parser.add_argument("--probe", action="store_true", help="linear classifiers of the DiT's tokens")
+    parser.add_argument("--autoencoder", type=Path, metavar="FOLDER", help="train a small one and write it there")
     parser.add_argument("--table", action="store_true", help="print the results and run nothing")
     parser.add_argument("--plan", action="store_true", help="print what is missing and its minutes; run nothing")
     parser.add_argument("--metric", default="map", help="of --table: map, map_50, …")

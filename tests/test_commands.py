@@ -186,6 +186,21 @@ def test_predict_names_what_it_cannot_read(trained, tmp_path, capsys, prepare, m
     assert error.value.code != 0 and message in f"{error.value}{capsys.readouterr().err}"
 
 
+@pytest.mark.parametrize("name", ["batch_size", "shard_size", "num_workers"])
+def test_predict_refuses_numbers_below_the_least(tmp_path, capsys, name):
+    with pytest.raises(SystemExit):
+        predict.main([str(tmp_path), str(tmp_path), "--output_dir", str(tmp_path / "out"), f"--{name}", "-1"])
+    assert f"--{name} is -1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_refuses_classes_of_one_name(tmp_path):
+    write_small_dit(tmp_path / "dit", "tiny", 64)
+    with pytest.raises(InvalidDatasetError, match="--labels: class 'a' is there twice"):
+        convert.main([str(tmp_path / "dit"), str(tmp_path / "detector"), "--labels", "a", "b", "a"])
+    assert not (tmp_path / "detector").exists()
+
+
 def test_convert_and_train_on(coco_set, tmp_path, capsys):
     write_small_dit(tmp_path / "dit", "tiny", 64)
     overrides = json.dumps({"strides": [8, 16], "neck_channels": 16, "head_channels": [16]})

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dit_detection import DetectionDataset, collate_detection, id2label_of
+from dit_detection.commands import pretrain
 from dit_detection.data import draw_shapes_dataset
 from dit_detection.small_dit import write_small_dit
 
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # The folder above `scripts`, as scripts/experiments.py does it.
 sys.path.append(str(ROOT))
 
-from scripts.evidence import running  # noqa: E402
+from scripts.evidence import autoencoding, running  # noqa: E402
 from scripts.evidence.arms import fingerprint_of, size_of  # noqa: E402
 from scripts.evidence.baselines import DFine, RetinaNet, corner_targets, relative_targets, to_original  # noqa: E402
 from scripts.evidence.evaluation import evaluate, predictor, soft_nms  # noqa: E402
@@ -280,6 +281,39 @@ def test_a_pretrained_dit_is_known_by_its_network_and_its_weights(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no weights"):
         fingerprint_of(tmp_path / "empty")
+
+
+@pytest.mark.slow
+def test_a_dit_on_latents_is_held_against_one_on_pixels(shapes, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    for index, image in enumerate(shapes["train"]["image"]):
+        image.save(tmp_path / "data" / f"{index}.png")
+    monkeypatch.setattr(autoencoding, "NUM_SHAPES", 20)
+    before = autoencoding.train_autoencoder(tmp_path / "vae", [tmp_path / "data"], steps=1)
+    after = autoencoding.train_autoencoder(tmp_path / "vae", [tmp_path / "data"], steps=40)
+    assert after > before + 2
+    argv = ["--vae", str(tmp_path / "vae"), "--images", str(tmp_path / "data"), "--image_size", "64"]
+    argv += [
+        "--objective",
+        "sample",
+        "--max_steps",
+        "2",
+        "--per_device_train_batch_size",
+        "2",
+        "--disable_tqdm",
+        "True",
+    ]
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    pretrain.main([*argv, "--save_samples", "False", "--save_strategy", "no", "--output_dir", str(tmp_path / "dit")])
+
+    assert size_of(tmp_path / "dit") == "small"
+    settings = replace(settings_of("frozen", "bccd", 1.0, 0), canvas=(96, 96))
+    found = dict(probe(tmp_path / "dit", shapes["train"], shapes["test"], settings, [50]))
+    assert len(found[50]) == 6 and min(found[50]) > 0.2
+    fingerprint = fingerprint_of(tmp_path / "dit")
+    with (tmp_path / "dit" / "vae" / "diffusion_pytorch_model.safetensors").open("ab") as file:
+        file.write(b" ")
+    assert fingerprint_of(tmp_path / "dit") != fingerprint  # the autoencoder is part of the weights
 
 
 def run_script(monkeypatch, *arguments):

@@ -56,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     group.add_argument("--revision", help="commit, branch or tag on the Hub")
     group.add_argument("--streaming", action="store_true", help="read it as it passes, without a copy on this disk")
     args = parser.parse_args(argv)
-    for name in ("batch_size", "shard_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}; it must be 1 or more.")
+    for name, least in {"batch_size": 1, "shard_size": 1, "num_workers": 0}.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be {least} or more.")
     for name in ("threshold", "nms_threshold"):
         value = getattr(args, name)
         if value is not None and not 0 <= value <= 1:

@@ -22,14 +22,21 @@ from .task_aligned import TaskAlignedLoss
 
 def size_of(pretrained: Path) -> str:
     """
-    Which key of `SIZES` a pretrained DiT is.
+    Which key of `SIZES` a pretrained DiT is. One on latents has tokens that are as many pixels wide.
 
     Raises:
-        ValueError: None, or it does not read pixels.
+        ValueError: None.
     """
-    config = json.loads((_transformer_of(pretrained) / "config.json").read_text(encoding="utf-8"))
+    config = _read_config(_transformer_of(pretrained))
+    vae = pretrained / "vae"
+    channels, downsampling = 3, 1
+    if vae.is_dir():
+        encoder = _read_config(vae)
+        widths = encoder.get("block_out_channels") or encoder["encoder_block_out_channels"]
+        channels, downsampling = encoder["latent_channels"], 2 ** (len(widths) - 1)
     for size, fields in SIZES.items():
-        if config["in_channels"] == 3 and all(config[name] == value for name, value in fields.items()):
+        expected = fields | {"patch_size": fields["patch_size"] // downsampling, "in_channels": channels}
+        if all(config[name] == value for name, value in expected.items()):
             return size
     found = {name: config.get(name) for name in ("in_channels", *next(iter(SIZES.values())))}
     raise ValueError(
@@ -40,7 +47,7 @@ def size_of(pretrained: Path) -> str:
 
 def fingerprint_of(pretrained: Path) -> str:
     """
-    A name for the weights of a pretrained DiT, wherever its folder is.
+    A name for the weights of a pretrained DiT and its autoencoder, wherever its folder is.
 
     Raises:
         ValueError: There are none.
@@ -49,7 +56,7 @@ def fingerprint_of(pretrained: Path) -> str:
     if not files:
         raise ValueError(f"{pretrained} has no weights of a DiT: no *.safetensors in it or in its transformer/.")
     digest = hashlib.sha256()
-    for file in files:
+    for file in [*files, *sorted((pretrained / "vae").glob("*.safetensors"))]:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -58,6 +65,10 @@ def _transformer_of(pretrained: Path) -> Path:
     """The folder of the DiT itself, in a pipeline or alone."""
     folder = pretrained / "transformer"
     return folder if folder.is_dir() else pretrained
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def build_detector(

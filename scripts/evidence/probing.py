@@ -160,7 +160,7 @@ def _tokens(model: DiTForObjectDetection, batches: list[Batch]) -> tuple[list[Te
         grid = (maps.shape[3], maps.shape[4])
         found = torch.stack(
             [
-                token_classes(labels, grid, model.config.patch_size, model.config.num_labels)
+                token_classes(labels, grid, model.config.token_stride, model.config.num_labels)
                 for labels in batch["labels"]
             ]
         )
