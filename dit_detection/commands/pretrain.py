@@ -13,15 +13,14 @@ import numpy as np
 import psutil
 import torch
 import transformers
-from datasets import Dataset, Features, concatenate_datasets
-from datasets import Image as ImageFeature
+from datasets import Dataset, concatenate_datasets
 from transformers import set_seed
 
-from ..data import InvalidDatasetError, draw_shapes_dataset
+from ..data import InvalidDatasetError
 from ..model.load_dit import load_autoencoder, source_name
 from ..pretraining.diffusion_model import DiffusionModel, is_flow
 from ..pretraining.diffusion_trainer import DiffusionTrainer, PretrainingArguments
-from ..pretraining.image_sources import list_training_images
+from ..pretraining.image_sources import draw_training_images, list_training_images
 from ..pretraining.image_views import CentreCrops, DecodedImages, FixedNoise, NoisedViews, RandomCrops
 from ..pretraining.latent_cache import cache_latents
 from ..pretraining.new_dit import new_dit, new_scheduler
@@ -119,10 +118,7 @@ def _list_images(options: PretrainingOptions, image_size: int, seed: int, output
     """All images, encoded: those of the sources, then the drawn ones."""
     parts = [list_training_images(options.images, leave_out=output_dir)] if options.images else []
     if options.num_shapes:
-        sides = (max(32, image_size), max(32, round(1.5 * image_size)))
-        drawn = draw_shapes_dataset(options.num_shapes, 0, 0, image_size=sides, seed=seed)["train"]
-        encoded = Features({"image": ImageFeature(decode=False)})
-        parts.append(drawn.with_format(None).select_columns(["image"]).cast(encoded))
+        parts.append(draw_training_images(options.num_shapes, image_size, seed))
     rows = concatenate_datasets(parts)
     if len(rows) < 2:
         raise InvalidDatasetError("--images holds one image, and one must be held out. Name more.")

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, Features, concatenate_datasets
 from datasets import Image as ImageFeature
 
-from ..data import InvalidDatasetError, load_detection_dataset
+from ..data import InvalidDatasetError, draw_shapes_dataset, load_detection_dataset
 from ..data.dataset_files import is_image
 from ..data.formats import find_formats
 from ..data.hub import load_hub_dataset
@@ -43,6 +43,12 @@ def list_training_images(sources: Sequence[str], leave_out: Path | None = None) 
     """
     parts = [_list_source(source, leave_out) for source in sources]
     return concatenate_datasets(parts)
+
+
+def draw_training_images(count: int, image_size: int, seed: int) -> Dataset:
+    """Images of drawn shapes, with sides of `image_size` pixels to half as much again, as `list_training_images`."""
+    sides = (max(32, image_size), max(32, round(1.5 * image_size)))
+    return _encoded(draw_shapes_dataset(count, 0, 0, image_size=sides, seed=seed)["train"])
 
 
 def _list_source(source: str, leave_out: Path | None) -> Dataset:

@@ -8,18 +8,15 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
-from datasets import Features, concatenate_datasets
-from datasets import Image as ImageFeature
+from datasets import concatenate_datasets
 from diffusers import AutoencoderTiny
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dit_detection.data import draw_shapes_dataset
-from dit_detection.pretraining.image_sources import list_training_images
+from dit_detection.pretraining.image_sources import draw_training_images, list_training_images
 from dit_detection.pretraining.image_views import CentreCrops, DecodedImages, RandomCrops
 
 # Pixels that are averaged into one cell, per side, with 4 channels each: 12 times fewer numbers than pixels have.
@@ -87,15 +84,8 @@ def _finish(model: AutoencoderTiny, pixels: Tensor, folder: Path) -> float:
 
 def _read_images(sources: Sequence[Path], seed: int) -> DecodedImages:
     """The images of `dit-detect pretrain`, in its order."""
-    sides = (IMAGE_SIZE, round(1.5 * IMAGE_SIZE))
-    drawn = draw_shapes_dataset(NUM_SHAPES, 0, 0, image_size=sides, seed=seed)["train"]
-    encoded = Features({"image": ImageFeature(decode=False)})
-    rows: datasets.Dataset = concatenate_datasets(
-        [
-            list_training_images([str(source) for source in sources]),
-            drawn.with_format(None).select_columns(["image"]).cast(encoded),
-        ]
-    )
+    listed = list_training_images([str(source) for source in sources])
+    rows = concatenate_datasets([listed, draw_training_images(NUM_SHAPES, IMAGE_SIZE, seed)])
     return DecodedImages(rows, round(IMAGE_SIZE / CROP_AREA**0.5), max_bytes=2**32, show_progress=True)
 
 
