@@ -1,11 +1,12 @@
 """LoRA with peft: small matrices beside the frozen weights of the backbone's blocks, and neck and head in full."""
 
-from pathlib import Path
+import json
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import AutoModelForObjectDetection
-from transformers.utils import find_adapter_config_file
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
+from transformers.utils import ADAPTER_CONFIG_NAME, IMAGE_PROCESSOR_NAME, find_adapter_config_file
 
 from .model.configuration_dit_detection import DiTDetectionConfig
 from .model.modeling_dit_detection import DiTForObjectDetection
@@ -115,14 +116,52 @@ def load_detector(source: str | Path, *, revision: str | None = None, **kwargs: 
     if subfolder := kwargs.pop("subfolder", ""):
         places["subfolder"] = subfolder
     config = PeftConfig.from_pretrained(str(source), revision=revision, **places)
-    base = config.base_model_name_or_path
-    beside = Path(source) / subfolder / BASE
-    if base and Path(base).name == BASE and beside.is_dir():
-        base = str(beside)
-    if not base:
-        raise OSError(f"{source}/adapter_config.json names no base_model_name_or_path. Write the base's id there.")
-    model = _load_base(base, config.revision, **kwargs)
+    base = base_of(Path(source) / subfolder, config.base_model_name_or_path or "")
+    try:
+        model = _load_base(base, config.revision, **kwargs)
+    except OSError as error:
+        raise OSError(
+            f"{source} is an adapter whose base {base!r} cannot be loaded: write its folder or Hub id into "
+            f"base_model_name_or_path of {ADAPTER_CONFIG_NAME}. ({error})"
+        ) from error
     return PeftModel.from_pretrained(model, str(source), revision=revision, **places).merge_and_unload().eval()
+
+
+def load_image_processor(source: str | Path, **kwargs: Any) -> Any:
+    """
+    The image processor beside a detector or an adapter; of a folder in which peft left the adapter alone, that of its
+    base.
+
+    Args:
+        source (`str` or `Path`): Folder or Hub id.
+        kwargs: Of `from_pretrained`.
+
+    Raises:
+        OSError: If there is none.
+    """
+    is_alone = Path(source, ADAPTER_CONFIG_NAME).is_file() and not Path(source, IMAGE_PROCESSOR_NAME).is_file()
+    return AutoImageProcessor.from_pretrained(base_of(source) if is_alone else source, **kwargs)
+
+
+def base_of(adapter: str | Path, named: str | None = None) -> str:
+    """
+    The detector that an adapter in a folder is for, as `from_pretrained` takes it.
+
+    Args:
+        adapter (`str` or `Path`): The folder.
+        named (`str`, *optional*): What the adapter's configuration names; read from the folder by default.
+
+    Raises:
+        OSError: If none is named.
+    """
+    if named is None:
+        config = json.loads((Path(adapter) / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
+        named = config.get("base_model_name_or_path")
+    if not named:
+        raise OSError(f"{adapter}/{ADAPTER_CONFIG_NAME} names no base_model_name_or_path. Write the base's id there.")
+    beside = Path(adapter) / BASE
+    # It may have been written on Windows, whose paths know both strokes.
+    return str(beside) if PureWindowsPath(named).name == BASE and beside.is_dir() else named
 
 
 def _load_base(source: str | Path, revision: str | None, **kwargs: Any) -> DiTForObjectDetection:

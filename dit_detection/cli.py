@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from huggingface_hub.errors import StrictDataclassError
+
 from .commands import check, convert, demo, evaluate, export, predict, pretrain, preview, push, serve, train
 from .training.fault_tolerant_trainer import TrainingStoppedError
 
@@ -64,7 +66,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     _print_what_the_console_knows()
     try:
         COMMANDS[command].main(arguments)
-    except (OSError, ValueError, TrainingStoppedError) as error:
+    except (OSError, ValueError, TrainingStoppedError, StrictDataclassError) as error:
         if os.environ.get("HF_DEBUG"):
             raise
         sys.exit(f"dit-detect {command}: {error}")

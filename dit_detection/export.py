@@ -25,6 +25,8 @@ INPUT_AXES: dict[str, tuple[int | str, ...]] = {
     "target_sizes": ("batch", 2),
 }
 
+LEAST_OPSET = 18  # of torch's exporter
+
 # Per-class NMS of a batch as one operator: as many boxes stay as the pixels decide, a size that no traced graph knows.
 # Only ONNX implements it.
 torch.library.define(
@@ -151,6 +153,8 @@ def export_onnx(
     """
     require_onnx()
     check_target(path)
+    if opset is not None and opset < LEAST_OPSET:
+        raise ValueError(f"opset={opset}: torch's exporter writes {LEAST_OPSET} or later. Leave it out.")
     if with_post_processing and image_processor is None:
         raise ValueError("with_post_processing=True needs image_processor: it holds the threshold of the NMS.")
     _check_model(model)
@@ -169,6 +173,9 @@ def export_onnx(
         custom_translation_table={torch.ops.dit_detection.suppress.default: _suppress_in_onnx},
         verbose=False,
     )
+    written = program.model.opset_imports[""]
+    if opset not in (None, written):
+        raise ValueError(f"opset={opset}: torch's exporter wrote {written} all the same. Take that, or leave it out.")
     if static_size is None:
         _name_axes(program.model.graph)
     metadata = {"id2label": model.config.id2label, "base_model": model.config.base_model}
@@ -176,6 +183,11 @@ def export_onnx(
         metadata["image_processor"] = json.loads(image_processor.to_json_string())
     program.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
     program.save(str(path), external_data=external_data)
+
+
+def coarsest_of(config: Any) -> int:
+    """Pixels per side of a token, or of a cell of the coarsest feature map where that is larger."""
+    return max(config.token_stride, *config.strides)
 
 
 def check_target(path: str | Path) -> None:
@@ -215,8 +227,10 @@ def _trace(
 ) -> ExportedProgram:
     config, device = detector.model.config, detector.model.device
     if static_size is None:
-        # Any sizes, but several cells on every feature map: torch.export takes a length of 1 for a constant.
-        batch, height, width = 2, 2 * config.strides[-1], 3 * config.strides[-1]
+        # Any sizes, but several tokens, and several cells on every feature map: torch.export takes a length of 1 for a
+        # constant.
+        side = coarsest_of(config)
+        batch, height, width = 2, 2 * side, 3 * side
     else:
         batch, (height, width) = 1, static_size
     example = {

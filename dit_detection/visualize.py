@@ -78,7 +78,8 @@ def draw_detections(
     taken: list[_Rectangle] = []
     margin = round(0.3 * font.size)
     for i in reversed(visible):
-        text = labels[i] if values is None else f"{labels[i]} {values[i]:.2f}"
+        name = " ".join(labels[i].split())  # a line break would run out of the tag
+        text = name if values is None else f"{name} {values[i]:.2f}"
         text = _shortened(text, font, image.width - 2 * margin)
         tag_size = (round(font.getlength(text)) + 2 * margin, round(1.25 * font.size))
         place = _place(tag_size, visible[i], image.size, line_width, taken)

@@ -18,6 +18,7 @@ from dit_detection import (
 )
 from dit_detection.adapters import detector_of, is_adapter
 from dit_detection.anchor_fit import AnchorSetting
+from dit_detection.commands import convert
 from dit_detection.data import draw_shapes_dataset
 from dit_detection.training.frozen_dataset import FrozenDataset
 from dit_detection.training.trainer import parameter_groups
@@ -210,6 +211,44 @@ def test_a_base_beside_the_adapter_goes_first_if_it_is_the_one(adapted, tiny_mod
     with torch.no_grad():
         logits = load_detector(tmp_path / "adapter")(pixels).logits
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("named", ["C:\\runs\\my-adapter\\base", "/gone/my-adapter/base"])
+def test_a_base_beside_is_found_whatever_machine_named_it(adapted, pixels, tmp_path, named):
+    model = adapted()
+    with torch.no_grad():
+        expected = model(pixels).logits
+    model.peft_config["default"].base_model_name_or_path = named
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "detector").rename(tmp_path / "adapter" / "base")
+    with torch.no_grad():
+        torch.testing.assert_close(load_detector(tmp_path / "adapter")(pixels).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_a_base_that_is_gone_is_named_with_the_adapter(adapted, tmp_path):
+    adapted().save_pretrained(tmp_path / "adapter")
+    shutil.rmtree(tmp_path / "detector")
+    with pytest.raises(OSError, match=r"adapter is an adapter whose base '.*detector' cannot be loaded: write its"):
+        load_detector(tmp_path / "adapter")
+
+
+def test_merging_keeps_the_base_and_needs_no_image_processor_of_the_adapter(adapted, pixels, tmp_path, capsys):
+    model = adapted()
+    model.save_pretrained(tmp_path / "adapter")
+    before = (tmp_path / "detector" / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit):
+        convert.main([str(tmp_path / "adapter"), str(tmp_path / "detector")])
+    assert "would be written over" in capsys.readouterr().err
+    assert (tmp_path / "detector" / "model.safetensors").read_bytes() == before
+    with pytest.raises(OSError):  # neither has one, and nothing is written
+        convert.main([str(tmp_path / "adapter"), str(tmp_path / "merged")])
+    assert not (tmp_path / "merged").exists()
+    DiTDetectionImageProcessor(size=96).save_pretrained(tmp_path / "detector")
+    convert.main([str(tmp_path / "adapter"), str(tmp_path / "merged")])
+    assert AutoImageProcessor.from_pretrained(tmp_path / "merged").size["max_height"] == 96
+    with torch.no_grad():
+        expected = model(pixels).logits
+        torch.testing.assert_close(load_detector(tmp_path / "merged")(pixels).logits, expected, atol=1e-5, rtol=0)
 
 
 def test_an_adapter_without_a_base_says_so(tiny_model, tmp_path):

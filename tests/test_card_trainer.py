@@ -1,11 +1,13 @@
 import itertools
 import json
+import re
 from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import tiny_training
+import torch
 from huggingface_hub import ModelCard
 from tiny_training import label_fields
 
@@ -15,7 +17,7 @@ from dit_detection import (
 )
 from dit_detection.card.detection_report import ImageDetections, report_detections
 from dit_detection.card.model_card import DetectionModelCardData
-from dit_detection.card.training_card import Evaluation, Evaluations, held_out_of
+from dit_detection.card.training_card import Evaluation, Evaluations, hardware_of, held_out_of
 from dit_detection.data import draw_shapes_dataset
 from dit_detection.data.fingerprint import count_objects, fingerprint_of
 
@@ -136,9 +138,40 @@ def test_a_finished_run_that_is_resumed_takes_no_step_and_tells_the_same(make_tr
 )
 def test_the_card_tells_the_length_that_was_asked_for(make_trainer, tmp_path, arguments, told):
     trainer = make_trainer(**arguments)
+    trainer.state.global_step = 1  # as if it had been trained
     trainer.create_model_card()
     facts = saved(tmp_path).hyperparameters
     assert {name: value for name, value in facts.items() if "epochs" in name or "steps" in name} == told
+
+
+def test_classes_may_be_called_as_they_like(make_trainer, capsys):
+    """transformers takes what holds "_mem_" for bytes, and "_runtime" for seconds."""
+    metrics = {"test_map_mem_card": 0.25, "test_map_a_mem_b": -1.0, "test_map_x_runtime": 0.51234, "test_runtime": 3.0}
+    make_trainer().log_metrics("test", metrics)
+    printed = capsys.readouterr().out
+    assert printed.splitlines() == [
+        "***** test metrics *****",
+        "  test_map_a_mem_b   = -1.0000",
+        "  test_map_mem_card  =  0.2500",
+        "  test_map_x_runtime =  0.5123",
+        "  test_runtime       =  3.0000",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("device", "n_gpu", "world_size", "expected"),
+    [
+        ("cuda", 8, 1, "8 x H200"),
+        ("cuda", 1, 4, "4 x H200"),
+        ("cpu", 0, 2, r"\w+ CPU, \d+ threads?, 2 processes"),
+        ("mps", 1, 1, r"\w+ mps"),
+    ],
+)
+def test_the_hardware_is_what_was_used(monkeypatch, device, n_gpu, world_size, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 16)
+    args = SimpleNamespace(device=torch.device(device), n_gpu=n_gpu, world_size=world_size)
+    assert re.fullmatch(expected, hardware_of(args))
 
 
 def test_minutes_are_those_since_the_start(make_trainer, monkeypatch):
@@ -175,7 +208,11 @@ def test_streamed_splits_are_counted_by_what_came_through(make_trainer, dataset,
     trainer.create_model_card(dataset_name="a stream")
     data = saved(tmp_path)
     assert data.split_sizes["test"] == 5 and data.class_counts["test"] == count_objects(dataset["test"])
-    assert set(data.fingerprints) == {"train", "validation"}
+    # Nothing was trained: how the detector was, and on what, is not known.
+    assert not data.fingerprints and set(data.split_sizes) == {"test"}
+    assert not data.hyperparameters and (data.seed, data.hardware, data.versions) == (None, None, {})
+    card = (tmp_path / "README.md").read_text()
+    assert "## What it was measured on" in card and "How it was trained" not in card
     assert (tmp_path / "predictions.jpg").is_file()
 
 
@@ -282,6 +319,12 @@ def test_fingerprints(dataset, tmp_path):
         return row
 
     assert fingerprint_of(rows.map(moved, with_indices=True)) != name
+
+    def with_crowds(row):
+        row["objects"]["iscrowd"] = [1] * len(row["objects"]["iscrowd"])
+        return row
+
+    assert sum(count_objects(rows).values()) > 0 == sum(count_objects(rows.map(with_crowds)).values())
     assert count_objects(rows.select([])) == dict.fromkeys(count_objects(rows), 0)
     assert len(fingerprint_of(rows.select([]))) == 16
 

@@ -3,6 +3,7 @@ import json
 import logging
 import os
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from torchvision.ops import box_iou
 from dit_detection import DiTDetectionConfig, DiTDetectionImageProcessor, cli
 from dit_detection.commands import check, check_report
 from dit_detection.data import load_detection_dataset
-from dit_detection.data.findings import FINDINGS
+from dit_detection.data.findings import FINDINGS, NUM_KEPT, FindingLog
 from dit_detection.data.inspection import find_same_place
+from dit_detection.data.problems import ProblemLog
+from dit_detection.data.reader import read_detection_dataset
 from dit_detection.data.statistics import read_table
 
 WIDTH, HEIGHT = 64, 48
@@ -152,9 +155,11 @@ def remove_training(data):
         (data.folder / "images" / image["file_name"]).unlink()
 
 
-def make_crowds(data):
-    for annotation in data.splits["train"]["annotations"]:
-        annotation["iscrowd"] = int(annotation["category_id"] > 10 or annotation["image_id"] == 1)
+def add_crowds(data):
+    for image_id in range(1, NUM_TRAIN + 1):
+        for left in range(4):
+            data.add([left, 1, 30, 30], image_id=image_id)
+            data.splits["train"]["annotations"][-1]["iscrowd"] = 1
 
 
 # kind → its severity, how often, and how it gets into a clean set. The kinds of the reader are tested with the reader;
@@ -177,7 +182,7 @@ PLANTS = {
     "class that is never used": ("warning", 1, lambda d: d.add_category(25, "dog")),
     "class without training objects": ("warning", 1, lambda d: d.keep(lambda a: a["category_id"] != 20)),
     "class in training only": ("note", 1, lambda d: d.keep(lambda a: a["category_id"] != 20, "val")),
-    "mostly crowd regions": ("warning", 24 + 24 + 1, make_crowds),
+    "mostly crowd regions": ("warning", 4 * NUM_TRAIN, add_crowds),
     "class with few training objects": (
         "warning",
         1,
@@ -223,7 +228,8 @@ def test_what_is_planted_is_found_and_nothing_else(planted, kind, capsys):
     found = kinds_of(report)
     assert list(found) == [kind]
     assert (found[kind]["severity"], found[kind]["count"]) == (severity, count)
-    assert len(found[kind]["examples"]) == min(count, len(found[kind]["examples"])) > 0
+    told = 1 if kind == "classes without names" else count  # those of all classes together
+    assert len(found[kind]["examples"]) == min(told, NUM_KEPT)
     assert code == (1 if severity == "error" else 0) and report["training_would_start"] == (code == 0)
     printed = capsys.readouterr().out
     assert f"{severity.upper()}: {kind}, {count} x" in printed and found[kind]["examples"][0]["where"] in printed
@@ -246,6 +252,25 @@ def test_a_jpeg_that_breaks_off_is_found_by_decoding_alone(planted):
     report, code = run(source)
     assert code == 1 and "a.jpg" in kinds_of(report)["image cannot be decoded"]["examples"][0]["where"]
     assert run(source, "--fast")[1] == 0
+
+
+def test_images_of_problems_are_shown_as_they_are_annotated(planted):
+    orient(stored_upright=True)(planted)  # annotated as stored, whatever the EXIF orientation says
+    planted.add([60, 5, 20, 4])
+    problems, log = ProblemLog("error"), FindingLog()
+    read_detection_dataset(planted.write(), problems)
+    log.add_problems(problems)
+    (example,) = log.findings["box outside the image"].examples
+    assert check_report._open(example, {}).size == example.size == (WIDTH, HEIGHT)
+    # Of another size than annotated: that may be what is wrong.
+    assert check_report._open(replace(example, size=(7, 5)), {}).size == (HEIGHT, WIDTH)
+
+
+def test_crowd_regions_are_no_training_objects(planted):
+    for annotation in planted.splits["train"]["annotations"]:
+        annotation["iscrowd"] = int(annotation["category_id"] == 20)
+    report, _ = run(planted.write())
+    assert list(kinds_of(report)) == ["class without training objects"]
 
 
 def test_crowd_regions_are_no_doubles(planted):
@@ -442,9 +467,12 @@ def test_anchors_of_a_detector_are_measured_on_its_own_canvas(planted, tiny_mode
     folder = planted.folder / "detector"
     tiny_model(anchor_sizes=[[16.0], [36.0], [42.0]], aspect_ratios=[0.9]).save_pretrained(folder)
     DiTDetectionImageProcessor(size={"max_height": 96, "max_width": 128}).save_pretrained(folder)
-    report, _ = run(planted.write(), "--model", str(folder))
+    with pytest.raises(SystemExit):  # as training would
+        check.main([planted.write(), "--model", str(folder), "--image_size", "64"])
+    own = ("--model", str(folder), "--image_size", "96", "128")
+    report, _ = run(planted.write(), *own)
     assert report["canvas"] == [96, 128] and list(report["anchors"]) == [str(folder)]
-    overridden = run(planted.write(), "--model", str(folder), "--config_overrides", '{"aspect_ratios": [9.0]}')[0]
+    overridden = run(planted.write(), *own, "--config_overrides", '{"aspect_ratios": [9.0]}')[0]
     covered = [r["anchors"][str(folder)]["train"]["all"]["covered"] for r in (report, overridden)]
     assert covered[0] > covered[1] == 0
 

@@ -14,6 +14,7 @@ from dit_detection import DiTDetectionImageProcessor, InvalidDatasetError, cli, 
 from dit_detection.card.model_card import DetectionModelCardData
 from dit_detection.commands import convert, evaluate, predict, train
 from dit_detection.data import draw_shapes_dataset
+from dit_detection.data.transforms import plain_inputs
 from dit_detection.small_dit import DETECTORS, write_small_dit
 
 ROOT = Path(__file__).parents[1]
@@ -169,6 +170,24 @@ def test_predict_writes_boxes_and_pictures(trained, coco_set, tmp_path):
         assert 0 <= left <= right <= 30 and 0 <= top <= bottom <= 50
 
 
+def test_a_held_out_file_is_measured_whole(trained, coco_set, tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(
+        "dit_detection.commands.evaluate.plain_inputs",
+        lambda rows, processor: measured.append(len(rows)) or plain_inputs(rows, processor),
+    )
+    shutil.copytree(coco_set / "images", tmp_path / "images")
+    shutil.copy(coco_set / "annotations_test.json", tmp_path / "annotations.json")  # one file, in no split
+    options = [str(trained[0]), "--dataset", str(tmp_path)]
+    for more, expected in (
+        (["--split", "train"], 3),
+        (["--split", "train", "--validation_fraction", "0.4"], 2),
+        (["--split", "validation"], 1),  # as `dit-detect train` set them aside
+    ):
+        evaluate.main([*options, *more])
+        assert measured.pop() == expected
+
+
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
@@ -192,6 +211,43 @@ def test_predict_refuses_numbers_below_the_least(tmp_path, capsys, name):
         predict.main([str(tmp_path), str(tmp_path), "--output_dir", str(tmp_path / "out"), f"--{name}", "-1"])
     assert f"--{name} is -1" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--image_size", "0"], "--image_size 0 must be 1 pixel or more"),
+        (["--config_overrides", '{"dtype": "float16"}'], "--config_overrides gives dtype"),
+        (["--config_overrides", '{"vae": "none"}'], "--config_overrides gives vae"),
+        (["--config_overrides", '{"id2label": ["a", "b"]}'], "id2label must be a dict"),
+        (["--config_overrides", '{"out_indices": "1"}'], "out_indices='1' must name"),
+        (["--config_overrides", '{"neck_channels": "16"}'], "neck_channels"),
+    ],
+)
+def test_convert_refuses_what_cannot_be_meant(tmp_path, capsys, options, message):
+    write_small_dit(tmp_path / "dit", "tiny", 64)
+    with pytest.raises(SystemExit) as error:
+        cli.run("convert", [str(tmp_path / "dit"), str(tmp_path / "detector"), *options])
+    assert message in f"{error.value} {capsys.readouterr().err}"
+    assert not (tmp_path / "detector").exists()
+
+
+def test_convert_writes_into_no_folder_of_another_detector(tmp_path, capsys):
+    write_small_dit(tmp_path / "dit", "tiny", 64)
+    (tmp_path / "file").write_text("")
+    for name in ("adapter_config.json", "model_card.json"):
+        (tmp_path / name[:5]).mkdir()
+        (tmp_path / name[:5] / name).write_text("{}")
+    for target, message in (
+        ("file", "is a file"),
+        ("adapt", "has adapter_config.json of another detector"),
+        ("model", "has model_card.json of another detector"),
+        ("dit", "would be written over"),
+    ):
+        with pytest.raises(SystemExit):
+            convert.main([str(tmp_path / "dit"), str(tmp_path / target)])
+        assert message in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "adapt").iterdir()] == ["adapter_config.json"]
 
 
 def test_convert_refuses_classes_of_one_name(tmp_path):

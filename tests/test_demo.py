@@ -259,6 +259,14 @@ def test_saved_files_are_what_the_table_shows(handlers, picture, tmp_path):
         assert len(archive.read("labels/photo.txt").splitlines()) == len(tables[0])
 
 
+def test_names_are_those_of_the_files_that_are_there(handlers, picture):
+    first, second = picture("a/photo.png"), picture("b/photo.png", size=(40, 60))
+    visit = see(handlers, first, second)
+    for paths, names in (([second], ["photo.png"]), ([second, first], ["photo.png", "photo (2).png"])):
+        visit = see(handlers, *paths, visit=visit)
+        assert [image.name for image in visit.images] == names
+
+
 def test_what_cannot_be_saved_says_why(handlers, picture, warnings):
     assert handlers.save("json", demo_handlers.Visit(), 0.3, 0.6, ALL) is None
     assert len(warnings) == 1
@@ -277,10 +285,11 @@ def test_a_folder_of_too_many_images_is_cut_and_says_so(handlers, picture, monke
 @pytest.mark.parametrize(
     ("card_data", "expected"),
     [
-        ('{"threshold": 0.437}', 0.44),
-        ('{"threshold": 0.0}', 0.01),
-        ('{"threshold": null}', 0.3),
-        ('{"threshold": 7.0}', 0.3),
+        ('{"threshold": 0.437, "threshold_split": "validation"}', 0.44),
+        ('{"threshold": 0.0, "threshold_split": "validation"}', 0.01),
+        ('{"threshold": 0.5, "threshold_split": null}', 0.3),  # not chosen
+        ('{"threshold": null, "threshold_split": "validation"}', 0.3),
+        ('{"threshold": 7.0, "threshold_split": "validation"}', 0.3),
         ("[1]", 0.3),
         ("{", 0.3),
         (None, 0.3),
@@ -293,6 +302,9 @@ def test_the_first_threshold_is_the_one_of_the_card(card_data, expected):
 def test_the_card_in_the_page_loads_nothing():
     card = "---\nlicense: mit\n---\n\n# Cells\n\n![plot](https://e.org/a.png) text <img src='https://e.org/b.png'>\n"
     assert demo_page.without_pictures(card).strip() == "# Cells\n\n text"
+    for picture in (r"![run\[1\]](https://e.org/a.png)", "![plot][there]", "![plot]", "![[a](https://e.org/a.png)"):
+        left = demo_page.without_pictures(f"a {picture} b\n\n[there]: https://e.org/a.png")
+        assert "![" not in left and left.startswith("a")
 
 
 @pytest.fixture
@@ -301,7 +313,7 @@ def saved(detector, tmp_path):
     detector[0].save_pretrained(folder)
     detector[1].save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n\n# What it detects\n")
-    (folder / "model_card.json").write_text('{"threshold": 0.42}')
+    (folder / "model_card.json").write_text('{"threshold": 0.42, "threshold_split": "validation"}')
     (folder / "training_args.bin").write_bytes(b"pickled")
     return folder
 

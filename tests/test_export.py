@@ -213,6 +213,26 @@ def test_the_command_fails_on_a_file_that_computes_something_else(tiny_model, on
         export.main([str(tmp_path), str(target)])
 
 
+@pytest.mark.slow
+def test_what_cannot_be_run_is_deleted_and_what_is_others_stays(checkpoint, tmp_path, monkeypatch):
+    target, others = tmp_path / "detector.onnx", tmp_path / "detector.onnx.data"
+    others.write_text("of an earlier export")
+    monkeypatch.setattr(export, "export_onnx", lambda *_, **__: target.write_bytes(b"no ONNX"))
+    with pytest.raises(SystemExit, match=r"detector.onnx cannot be run \(.*\), and is deleted"):
+        export.main([str(checkpoint), str(target)])
+    assert list(tmp_path.iterdir()) == [others]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_feature_maps_that_are_all_finer_than_the_tokens(tiny_model, tmp_path, suffix, capsys):
+    model = tiny_model(**{**SMALL, "strides": [4, 8]})
+    model.save_pretrained(tmp_path / "fine")
+    DiTDetectionImageProcessor(size=64).save_pretrained(tmp_path / "fine")
+    export.main([str(tmp_path / "fine"), str(tmp_path / f"detector.{suffix}")])  # compares at two sizes
+    assert capsys.readouterr().out.count("largest difference from the model") == 2
+
+
 def test_candidates_difference_sees_every_fault():
     torch.manual_seed(0)
     logits, boxes = torch.randn(50, 3), torch.rand(50, 4)
@@ -256,6 +276,12 @@ def test_refuses_what_cannot_be_exported(tiny_model, tmp_path):
     with pytest.raises(IsADirectoryError):
         export_torch(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("opset", [10, 17])
+def test_an_old_opset_is_refused(tiny_model, tmp_path, opset):
+    with pytest.raises(ValueError, match=f"opset={opset}: torch's exporter writes 18 or later"):
+        export_onnx(tiny_model(**SMALLEST), tmp_path / "detector.onnx", opset=opset)
 
 
 @pytest.mark.parametrize(

@@ -393,8 +393,68 @@ def test_source_names_show_no_paths(tmp_path, monkeypatch):
     # What was made from the published weights keeps their licence, whatever its folder is called.
     for front_matter, expected in (
         ("---\nbase_model: facebook/DiT-XL-2-256\n---\n", "facebook/DiT-XL-2-256"),
-        ("---\nlicense: mit\n---\n", "dit"),
+        ("---\nlicense: cc-by-nc-4.0\n---\n`from_pretrained('facebook/DiT-XL-2-512')`", "facebook/DiT-XL-2-512"),
+        ("---\nlicense: mit\n---\nlike facebook/DiT-XL-2-256", "dit"),
         ("no front matter", "dit"),
+        ("---\nlicense: a: b\n---\n", "dit"),
+        ("---\n- a\n- b\n---\n", "dit"),
     ):
         (tmp_path / "mine" / "dit" / "README.md").write_text(front_matter)
         assert source_name(tmp_path / "mine" / "dit") == expected
+    (tmp_path / "mine" / "dit" / "README.md").write_bytes(b"---\nauthor: caf\xe9\n---\n")
+    assert source_name(tmp_path / "mine" / "dit") == "dit"
+
+
+def test_the_published_dit_is_known_wherever_it_lies(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from dit_detection.model.load_dit import source_name
+
+    snapshot = tmp_path / "models--facebook--DiT-XL-2-256" / "snapshots" / "eab87f77abd5"
+    (snapshot / "transformer").mkdir(parents=True)
+    (tmp_path / "DiT-XL-2-512").mkdir()
+    for place in (snapshot, snapshot / "transformer"):
+        assert source_name(place) == "facebook/DiT-XL-2-256"
+    # As diffusers loads a pipeline from the Hub: its parts name where they lie.
+    transformer = SimpleNamespace(config={"_name_or_path": str(snapshot / "transformer")})
+    assert source_name(transformer) == "facebook/DiT-XL-2-256"
+    pipeline = SimpleNamespace(config={"_name_or_path": "facebook/DiT-XL-2-256"}, transformer=transformer)
+    assert source_name(pipeline) == "facebook/DiT-XL-2-256"
+    monkeypatch.chdir(tmp_path / "DiT-XL-2-512")
+    for place in (".", "transformer", "./transformer"):
+        Path("transformer").mkdir(exist_ok=True)
+        assert source_name(place) == "DiT-XL-2-512"
+
+
+def as_pickle(folder):
+    (folder / f"{WEIGHTS}.safetensors").unlink()
+    (folder / f"{WEIGHTS}.bin").write_bytes(b"version https, or something else that is no pickle of weights")
+
+
+DAMAGE = {
+    "config.json is not valid JSON": lambda folder: (folder / "config.json").write_text(""),
+    "config.json must hold a JSON object": lambda folder: (folder / "config.json").write_text("[]"),
+    f"{WEIGHTS}.safetensors is a pointer of git-lfs": lambda folder: (folder / f"{WEIGHTS}.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\n"
+    ),
+    f"{WEIGHTS}.safetensors is damaged": lambda folder: (folder / f"{WEIGHTS}.safetensors").write_bytes(b"\xff" * 40),
+    f"{WEIGHTS}.safetensors has weights in F8_E4M3; F16, BF16": lambda folder: save_file(
+        {"a": torch.zeros(2).to(torch.float8_e4m3fn)}, folder / f"{WEIGHTS}.safetensors"
+    ),
+    f"{WEIGHTS}.bin is damaged": as_pickle,
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_what_is_damaged_is_named(tmp_path, message):
+    tiny_dit().save_pretrained(tmp_path)
+    DAMAGE[message](tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        load_dit(tmp_path)
+    assert "weights_only" not in str(error.value)  # how to switch the protection off
+
+
+def test_a_pipeline_without_its_transformer_says_so(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "DiTPipeline"}')
+    with pytest.raises(ValueError, match=r"is a DiTPipeline without transformer/config.json"):
+        load_dit(tmp_path)

@@ -309,6 +309,17 @@ def test_local_checkpoint_shows_its_name_but_not_its_place(tmp_path):
     assert str(tmp_path) not in str(card) and "base_model" not in card.data.to_dict()
 
 
+def test_the_folder_that_one_is_in_has_a_name(tmp_path, monkeypatch):
+    (tmp_path / "my-detector").mkdir()
+    monkeypatch.chdir(tmp_path / "my-detector")
+    assert full_data(adapter_of=".").adapter_of == "my-detector"
+
+
+def test_names_of_splits_stay_in_their_cells():
+    card = create_model_card(full_data(class_counts={"day|night": {"WBC": 3}}, split_sizes={}))
+    assert r"| class | day\|night |" in card.text
+
+
 def test_dataset_without_a_hub_id_still_has_a_model_index():
     card = create_model_card(full_data(dataset_id=None, dataset_name="Blood Cells (BCCD)"))
     (result,) = card.data.to_dict()["model-index"][0]["results"]

@@ -85,7 +85,8 @@ def test_the_grid_shows_the_views_of_training(tmp_path: Path, monkeypatch, capsy
     ("options", "message"),
     [
         (["--split", "test"], "--split test: .* has train"),
-        (["--num_images", "0"], "--num_images 0 --num_views 3: need 1 image"),
+        (["--num_images", "0"], "--num_images 0 --num_views 3: need 1 to 100 images"),
+        (["--num_images", "101"], "--num_images 101 --num_views 3: need 1 to 100 images"),  # no JPEG is that high
         (["--image_size", "1", "2", "3"], "give a side in pixels, or height and width"),
         (["--augmentation", '{"mosaic": 2}'], "mosaic is 2; it must lie between 0 and 1"),
         (["--augmentation", '{"rotate": 2}'], "unexpected keyword argument 'rotate'"),
@@ -94,6 +95,7 @@ def test_the_grid_shows_the_views_of_training(tmp_path: Path, monkeypatch, capsy
         (["--augmentation", '{"scale": 2}'], "scale is 2; it must be"),
         (["--output", "nowhere/views.png"], "there is no folder nowhere"),
         (["--output", "views.xyz"], "no picture has this suffix"),
+        (["--output", "views.psd"], "no picture has this suffix"),  # can be read, but not written
         (["--format", "voc"], 'holds nothing of the format "voc"'),
         (["--seed", "-1"], "seed is -1"),
     ],

@@ -51,7 +51,8 @@ def content(plan, name):
 
 
 def write_card(folder, **facts):
-    data = DetectionModelCardData(model_name="my detector", config={"id2label": {0: "cell"}, "timestep": 50}, **facts)
+    config = json.loads((folder / "config.json").read_text())
+    data = DetectionModelCardData(model_name="my detector", config=config, **facts)
     create_model_card(data).save(folder / "README.md")
     data.save(folder / "model_card.json")
 
@@ -194,6 +195,24 @@ def test_an_adapter_of_the_published_dit_has_its_licence(adapter):
     plan = upload_plan(adapter)
     assert ModelCard(plan["README.md"].decode()).data.license == "cc-by-nc-4.0"
     assert not any(name.startswith("base") for name in plan)
+
+
+def test_an_adapter_has_the_licence_of_the_base_that_it_names(adapter, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"base_model": "facebook/DiT-XL-2-512"}')
+    rewrite(adapter / "adapter_config.json", base_model_name_or_path=str(tmp_path / "other"))
+    plan = upload_plan(adapter, base_model="someone/base")
+    assert ModelCard(plan["README.md"].decode()).data.license == "cc-by-nc-4.0"
+    (adapter / "README.md").write_text("---\nlicense: mit\n---\n")
+    with pytest.raises(ValueError, match="says 'license: mit'"):
+        upload_plan(adapter, base_model="someone/base")
+
+
+def test_results_of_other_classes_are_not_shared(folder):
+    write_card(folder, metrics={"map": 0.63})
+    rewrite(folder / "config.json", id2label={"0": "dog"})
+    with pytest.raises(ValueError, match=r"model_card.json is of a detector of other classes than config.json"):
+        upload_plan(folder, repo_id=REPO)
 
 
 def test_a_detector_has_no_base_to_name(folder):

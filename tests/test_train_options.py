@@ -136,6 +136,18 @@ def test_class_weights_stay_with_their_classes(tiny_model, coco_set, tmp_path):
         assert json.loads((tmp_path / "out" / kind / "config.json").read_text())["class_weights"] == expected
 
 
+def test_what_the_card_calls_the_data(tmp_path, monkeypatch):
+    (tmp_path / "cells" / "org" / "set").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "cells")
+    for dataset, expected in {
+        None: {"dataset_name": "drawn shapes"},
+        ".": {"dataset_name": "cells", "dataset_id": None},
+        "org/set": {"dataset_name": "set", "dataset_id": None},  # a folder that is there
+        "org/other": {"dataset_name": "other", "dataset_id": "org/other"},
+    }.items():
+        assert train._names_of(dataset) == expected
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

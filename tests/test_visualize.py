@@ -141,6 +141,13 @@ def test_draw_detections_refuses_what_does_not_fit_together():
         draw_detections(blank(), [[90, 90, 10, 10]], ["a"])
 
 
+def test_a_name_of_several_lines_is_drawn_as_one():
+    image = Image.new("RGB", (200, 100))
+    names = ("red cell", "red\ncell")
+    drawn = [draw_detections(image, [[20, 40, 180, 90]], [name], class_names=[name]) for name in names]
+    assert drawn[0].tobytes() == drawn[1].tobytes()
+
+
 def test_grid_places_every_image():
     reds = [Image.new("RGB", (200, 100), (200, 10 * index, 0)) for index in range(5)]
     grid = draw_grid(reds, columns=2, cell_size=100)

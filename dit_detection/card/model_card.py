@@ -16,6 +16,7 @@ from .model_card_text import (
     overall_rows,
     threshold_text,
     training_facts,
+    training_is_known,
 )
 
 __all__ = ["DetectionModelCardData", "create_model_card"]
@@ -57,7 +58,7 @@ def create_model_card(data: DetectionModelCardData) -> ModelCard:
         if data.dataset_id
         else dataset and escaped(dataset),
         class_names=[escaped(name) for name in names],
-        count_splits=splits,
+        count_splits=list(map(escaped, splits)),
         count_rows=[[escaped(name), *(data.class_counts[split].get(name, 0) for split in splits)] for name in names]
         if splits
         else [],
@@ -73,6 +74,7 @@ def create_model_card(data: DetectionModelCardData) -> ModelCard:
         worst_picture=data.worst_picture,
         curves_picture=data.curves_picture,
         confusion_picture=data.confusion_picture,
+        training_heading="How it was trained" if training_is_known(data) else "What it was measured on",
         training_facts=training_facts(data),
         command=data.command and code_block(data.command),
         hyperparameter_rows=[[escaped(name), escaped(value)] for name, value in data.hyperparameters.items()],

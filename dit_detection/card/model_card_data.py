@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..model.load_dit import PUBLISHED_DIT
 from .detection_report import DetectionReport
 
 # In the order of the card. Sizes are COCO's, by area in original pixels.
@@ -25,8 +27,6 @@ METRIC_NAMES = {
     "mar_large": "mAR, large objects",
 }
 _HUB_METRICS = ("map", "map_50", "map_75")
-# The published DiT-XL/2, in diffusers' layout or the original one.
-_NON_COMMERCIAL = re.compile(r"DiT-XL-2-(256|512)")
 
 
 @dataclass(kw_only=True)
@@ -117,7 +117,7 @@ class DetectionModelCardData:
     @property
     def is_non_commercial(self) -> bool:
         """Whether the weights come from the published DiT-XL/2."""
-        return self.base_model is not None and bool(_NON_COMMERCIAL.search(self.base_model))
+        return self.base_model is not None and bool(PUBLISHED_DIT.search(self.base_model))
 
     def save(self, path: str | Path) -> None:
         """Write everything the card says as JSON; of the configuration, what the card uses."""
@@ -193,8 +193,8 @@ def _without_folders(model: str | None) -> str | None:
     """A Hub id as it is; of a local path, of which the rest is nobody's business, the part that tells what it is."""
     if model is None or (is_hub_id(model) and not Path(model).exists()):
         return model
-    parts = Path(model).parts
-    return next((part for part in reversed(parts) if _NON_COMMERCIAL.search(part)), parts[-1])
+    parts = Path(os.path.abspath(model)).parts  # "." has none
+    return next((part for part in reversed(parts) if PUBLISHED_DIT.search(part)), parts[-1])
 
 
 def _plain(value: Any) -> Any:

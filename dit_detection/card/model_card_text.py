@@ -81,6 +81,12 @@ def training_facts(data: DetectionModelCardData) -> list[str]:
     return [f"{name}: {value}" for name, value in facts.items() if value]
 
 
+def training_is_known(data: DetectionModelCardData) -> bool:
+    """Whether anything tells how the detector was trained, beside the images."""
+    told = (data.command, data.hardware, data.history_picture, data.hyperparameters, data.versions)
+    return any(told) or data.seed is not None or data.minutes is not None
+
+
 def limits(data: DetectionModelCardData) -> list[str]:
     """What the detector cannot be relied on for: what follows from the numbers, and what is given."""
     found = ["It knows the classes above and no others; what resembles one of them may be taken for it."]

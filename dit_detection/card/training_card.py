@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from transformers import TrainingArguments
 
 from ..data.fingerprint import count_objects, fingerprint_of
 from ..visualize import plot_history
@@ -100,6 +101,7 @@ def training_facts(
     datasets_by_split: Mapping[str, Any],
     evaluations: Mapping[str, Evaluation],
     images_per_step: int,
+    is_trained: bool,
 ) -> dict[str, Any]:
     """
     Fields of [`DetectionModelCardData`] that follow from a training and its evaluations, but for the report.
@@ -111,40 +113,47 @@ def training_facts(
         datasets_by_split (`Mapping[str, Any]`): What it was trained and validated on.
         evaluations (`Mapping[str, Evaluation]`): Of its weights, by prefix.
         images_per_step (`int`): In all processes.
+        is_trained (`bool`): Whether there was a training. A detector may be loaded and evaluated only: what trained it
+            is not known then.
     """
     facts: dict[str, Any] = {
         "model_name": Path(args.output_dir).resolve().name,
         "config": model.config,
         "base_model": model.config.base_model,
         "dataset_name": "unnamed data",
-        "seed": args.seed,
-        "hardware": hardware_of(args.world_size),
-        "versions": {name: version(name) for name in ("torch", "transformers", "diffusers", "dit_detection")},
-        "hyperparameters": {
-            **_length(args),
-            "images per step": images_per_step,
-            "learning rate": args.learning_rate,
-            "weight decay": args.weight_decay,
-            "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
-            **_trained_parts(model),
-            **({} if args.ema_decay is None else {"decay of the weights' averages": args.ema_decay}),
-        },
-        "history": _short_history(log_history),
         "split_sizes": {},
         "class_counts": {},
         "fingerprints": {},
     }
+    if is_trained:
+        facts |= {
+            "seed": args.seed,
+            "hardware": hardware_of(args),
+            "versions": {name: version(name) for name in ("torch", "transformers", "diffusers", "dit_detection")},
+            "hyperparameters": {
+                **_length(args),
+                "images per step": images_per_step,
+                "learning rate": args.learning_rate,
+                "weight decay": args.weight_decay,
+                "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+                **_trained_parts(model),
+                **({} if args.ema_decay is None else {"decay of the weights' averages": args.ema_decay}),
+            },
+            "history": _short_history(log_history),
+        }
     adapters = getattr(model, "peft_config", None)  # what peft calls its adapters' settings
     if adapters:
         adapter = next(iter(adapters.values()))
         facts["adapter_of"] = adapter.base_model_name_or_path
-        facts["hyperparameters"]["rank of LoRA"] = adapter.r
+        if is_trained:
+            facts["hyperparameters"]["rank of LoRA"] = adapter.r
     ends = [entry["minutes"] for entry in log_history if "train_runtime" in entry and "minutes" in entry]
     if ends:
         facts["minutes"] = ends[-1]
     names = {int(label): name for label, name in model.config.id2label.items()}
     by_split = {one.split: one for one in evaluations.values()}
-    for split, dataset in {**datasets_by_split, **{split: one.dataset for split, one in by_split.items()}}.items():
+    given = datasets_by_split if is_trained else {}
+    for split, dataset in {**given, **{split: one.dataset for split, one in by_split.items()}}.items():
         rows = getattr(dataset, "rows", None)
         if isinstance(rows, datasets.Dataset):
             facts["dataset_name"] = rows.info.dataset_name or facts["dataset_name"]
@@ -152,8 +161,8 @@ def training_facts(
             facts["class_counts"][split], facts["fingerprints"][split] = _counts_and_fingerprint(rows)
         elif split in by_split and (images := by_split[split].images):  # a stream: known is what came through
             facts["split_sizes"][split] = len(images)
-            labels = np.concatenate([image.expected[:, 4] for image in images]).astype(np.int64)
-            counts = np.bincount(labels, minlength=len(names))
+            labels, crowds = np.concatenate([image.expected[:, 4:6] for image in images]).astype(np.int64).T
+            counts = np.bincount(labels[crowds == 0], minlength=len(names))
             facts["class_counts"][split] = {name: int(counts[label]) for label, name in names.items()}
     return facts
 
@@ -296,10 +305,12 @@ def _trained_parts(model: Any) -> dict[str, str]:
     }
 
 
-def hardware_of(world_size: int) -> str:
-    """What this training ran on."""
-    processes = "" if world_size == 1 else f", {world_size} processes"
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}{processes}"
+def hardware_of(args: TrainingArguments) -> str:
+    """What a training with these arguments runs on, all processes together."""
+    if args.device.type == "cuda":
+        return f"{max(1, args.n_gpu) * args.world_size} x {torch.cuda.get_device_name(args.device)}"
+    processes = "" if args.world_size == 1 else f", {args.world_size} processes"
+    if args.device.type != "cpu":
+        return f"{platform.machine()} {args.device.type}{processes}"
     threads = torch.get_num_threads()
     return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}{processes}"

@@ -119,8 +119,13 @@ def _read_settings(args: argparse.Namespace) -> tuple[dict[str, AnchorSetting], 
             _refuse_other_than_dit(args.model)
             return {f"{args.model}, a DiT": _setting(overrides)}, canvas
         if config.model_type == DiTDetectionConfig.model_type:
-            # Training goes on with the detector's own canvas, whatever --image_size says.
-            canvas = canvas_of(DiTDetectionImageProcessor.from_pretrained(args.model))
+            own = canvas_of(DiTDetectionImageProcessor.from_pretrained(args.model))
+            if args.image_size is not None and canvas != own:
+                raise ValueError(
+                    f"--image_size {sizes}: {args.model} is a detector, whose canvas is {own[0]} x {own[1]}. "
+                    "Leave the option out."
+                )
+            canvas = own
             return {args.model: _setting(config.to_dict() | overrides)}, canvas
         raise ValueError(f"--model {args.model} is a {config.model_type}, neither a DiT of diffusers nor a detector.")
     if args.random_dit is not None:

@@ -1,6 +1,7 @@
 """What `dit-detect check` found, as text for the terminal and as a picture."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,9 @@ def _draw(examples: Sequence[Example], tables: Mapping[str, SplitTable]) -> Imag
 
 def _open(example: Example, tables: Mapping[str, SplitTable]) -> Image.Image:
     if example.image is not None:
+        if example.size is not None:
+            with suppress(ValueError):  # of another size than annotated
+                return to_rgb(decode_image({"path": example.image, "bytes": None}, *example.size))
         return read_image(example.image, max_pixels=None)
     row = tables[str(example.split)].dataset[example.row]
     return to_rgb(decode_image(row["image"], row["width"], row["height"]))

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoImageProcessor
+from transformers.utils import ADAPTER_CONFIG_NAME
 
-from ..adapters import BASE, is_adapter, load_detector
+from ..adapters import BASE, base_of, is_adapter, load_detector, load_image_processor
 from ..data.dataset_files import check_class_names
 from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
 from ..model.modeling_dit_detection import DiTForObjectDetection
-from .train_options import read_json_option
+from ..sharing.shared_files import CARD_DATA_NAME
+from .train_options import read_config_overrides
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,15 +34,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config_overrides", default="{}", help="more of DiTDetectionConfig: JSON, or a JSON file")
     args = parser.parse_args(argv)
     source, target = Path(args.source).resolve(), Path(args.output_dir).resolve()
-    if target in (source, source / BASE):
+    is_merged = is_adapter(args.source)
+    base = base_of(source) if is_merged and source.is_dir() else source
+    vae = [Path(args.vae).resolve()] if Path(args.vae).is_dir() else []
+    if target in (source, source / BASE, Path(base).resolve(), *vae):
         parser.error(f"{args.output_dir} has what is converted, which would be written over. Name another folder.")
+    if target.exists() and not target.is_dir():
+        parser.error(f"{args.output_dir} is a file. Name a folder.")
+    # Of another detector: the adapter would be loaded in the place of what is written, the card be shared with it.
+    if left := [name for name in (ADAPTER_CONFIG_NAME, CARD_DATA_NAME) if (target / name).exists()]:
+        parser.error(f"{args.output_dir} has {left[0]} of another detector. Name a new folder.")
+    if args.image_size < 1:
+        parser.error(f"--image_size {args.image_size} must be 1 pixel or more.")
     check_class_names(args.labels or [], "--labels")
 
-    if is_adapter(args.source):
+    if is_merged:
         if vars(args) != vars(parser.parse_args([args.source, args.output_dir])):
             parser.error(f"{args.source} is an adapter: all is settled by its base, and no option can change it.")
-        load_detector(args.source).save_pretrained(args.output_dir)
-        AutoImageProcessor.from_pretrained(args.source).save_pretrained(args.output_dir)
+        model, image_processor = load_detector(args.source), load_image_processor(args.source)
+        model.save_pretrained(args.output_dir)
+        image_processor.save_pretrained(args.output_dir)
         print(f"The adapter is merged into its base: {args.output_dir}")
         return
 
@@ -55,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         vae=None if args.vae == "none" else args.vae,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         family=args.family,
-        **(fields | read_json_option("config_overrides", args.config_overrides)),
+        **(fields | read_config_overrides(args.config_overrides)),
     )
     model.save_pretrained(args.output_dir)
     DiTDetectionImageProcessor(size=args.image_size).save_pretrained(args.output_dir)

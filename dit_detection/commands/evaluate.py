@@ -7,9 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from transformers import AutoImageProcessor
 
-from ..adapters import load_detector
+from ..adapters import load_detector, load_image_processor
 from ..data import load_detection_dataset
 from ..data.transforms import plain_inputs
 from ..inference.batch_predictor import model_class_names
@@ -23,13 +22,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(prog="dit-detect evaluate", description=__doc__)
     parser.add_argument("checkpoint", help="detector: folder or Hub id")
     parser.add_argument("--dataset", required=True, help="annotated images, in any form that `dit-detect train` reads")
-    parser.add_argument("--split", default="test", help="train, validation or test")
+    parser.add_argument(
+        "--split",
+        default="test",
+        help="train (all of it, unless --validation_fraction or --test_fraction is given), validation or test",
+    )
     parser.add_argument("--batch_size", type=int, default=8, help="images at a time, on each device")
     parser.add_argument("--output", help="JSON file for the metrics")
     # With those that the detector was trained with, a split that was set aside then is the same one now.
     group = add_data_options(parser)
     group.add_argument("--streaming", action="store_true", help="of a stream, other images are set aside")
+    fraction = parser.get_default("validation_fraction")
+    parser.set_defaults(validation_fraction=None)
     args = parser.parse_args(argv)
+    # Images that are held out in a file of their own are its split "train", of which nothing is to be left out.
+    if args.validation_fraction is None and (args.split != "train" or args.test_fraction is not None):
+        args.validation_fraction = fraction
     if args.class_names is not None:
         parser.error(f"--class_names: the classes are those of {args.checkpoint}.")
     if args.output:
@@ -41,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     dataset = load_detection_dataset(args.dataset, on_invalid=args.on_invalid, streaming=args.streaming, **options)
     if args.split not in dataset:
         parser.error(f"--split {args.split}: {args.dataset} has {', '.join(dataset)}.")
-    image_processor = AutoImageProcessor.from_pretrained(args.checkpoint)
+    image_processor = load_image_processor(args.checkpoint)
     with TemporaryDirectory() as unused:  # every Trainer makes itself a folder
         trainer = DetectionTrainer(
             model,

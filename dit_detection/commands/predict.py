@@ -11,9 +11,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, IterableDataset
-from transformers import AutoImageProcessor
 
-from ..adapters import load_detector
+from ..adapters import load_detector, load_image_processor
 from ..data import InvalidDatasetError
 from ..data.image_listing import is_dataset, list_images, open_dataset, open_list
 from ..inference.batch_inference import predict_images, settings_of
@@ -76,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         images = _open_images(args, state, listing)
         model = load_detector(args.checkpoint).to(state.device).eval()
-        image_processor = AutoImageProcessor.from_pretrained(args.checkpoint)
+        image_processor = load_image_processor(args.checkpoint)
         pictures = output_dir / "pictures" if args.format == "json" and not args.no_pictures else None
         if state.is_main_process:
             # Without them it does not matter whether an earlier run drew some.

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -16,6 +17,7 @@ import transformers
 from datasets import Dataset, concatenate_datasets
 from transformers import set_seed
 
+from ..card.training_card import hardware_of
 from ..data import InvalidDatasetError
 from ..model.load_dit import load_autoencoder, source_name
 from ..pretraining.diffusion_model import DiffusionModel, is_flow
@@ -190,7 +192,7 @@ def _facts(
         num_timesteps=model.scheduler.config.num_train_timesteps,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         image_size=_image_size(model, trainer.vae),
-        sources=[*(Path(source).name for source in options.images or []), *shapes],
+        sources=[*(Path(os.path.abspath(source)).name for source in options.images or []), *shapes],
         num_images=num_train,
         num_held_out=len(images) - num_train,
         fingerprint=images.fingerprint,
@@ -199,7 +201,7 @@ def _facts(
         steps=trainer.state.global_step,
         batch_size=args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
         minutes=minutes,
-        world_size=args.world_size,
+        hardware=hardware_of(args),
         losses={step: losses[step] for step in shown},
     )
 

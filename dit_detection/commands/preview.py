@@ -15,6 +15,7 @@ from ..visualize import draw_detections, draw_grid
 from .shared_options import add_data_options, data_arguments, refuse_output
 from .train_options import read_json_option
 
+MAX_IMAGES = 100  # more rows would be higher than a JPEG can be
 STRIPE = 8  # pixels; the padding is drawn in stripes of two greys
 
 
@@ -31,8 +32,11 @@ def main(argv: Sequence[str] | None = None) -> Image.Image:
     group.add_argument("--augmentation", default="{}", help="JSON, a JSON file, or 'none'")
     args = parser.parse_args(argv)
     refuse_output(parser, "output", args.output, is_picture=True)
-    if args.num_images < 1 or args.num_views < 0:
-        parser.error(f"--num_images {args.num_images} --num_views {args.num_views}: need 1 image and 0 views or more.")
+    if not 1 <= args.num_images <= MAX_IMAGES or args.num_views < 0:
+        parser.error(
+            f"--num_images {args.num_images} --num_views {args.num_views}: need 1 to {MAX_IMAGES} images and 0 views "
+            "or more."
+        )
     if len(args.image_size) > 2 or min(args.image_size) < 1:
         parser.error(f"--image_size {args.image_size}: give a side in pixels, or height and width.")
     augmentation = None

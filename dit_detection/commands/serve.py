@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig
 
-from ..adapters import is_adapter, load_detector
+from ..adapters import is_adapter, load_detector, load_image_processor
 from ..inference.serving import BatchedDetector
 
 # Where the processes that answer find the command's options: uvicorn starts them by the name of a function.
@@ -67,5 +67,5 @@ def load_app() -> Any:
 def load(checkpoint: str) -> tuple[Any, Any]:
     """The detector and its image processor."""
     # Without this word transformers would ask on the terminal whether to run a repository's code.
-    image_processor = AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False)
+    image_processor = load_image_processor(checkpoint, trust_remote_code=False)
     return load_detector(checkpoint, trust_remote_code=False), image_processor

@@ -51,5 +51,10 @@ def refuse_output(parser: argparse.ArgumentParser, option: str, path: str, is_pi
         parser.error(f"--{option} {path}: there is no folder {Path(path).parent}.")
     if Path(path).is_dir():
         parser.error(f"--{option} {path} is a folder. Name a file in it.")
-    if is_picture and Path(path).suffix.lower() not in Image.registered_extensions():
+    if is_picture and Path(path).suffix.lower() not in _picture_suffixes():
         parser.error(f"--{option} {path}: no picture has this suffix. Take .jpg or .png.")
+
+
+def _picture_suffixes() -> set[str]:
+    """Those that Pillow can write, which are fewer than it can read."""
+    return {suffix for suffix, format in Image.registered_extensions().items() if format in Image.SAVE}

@@ -3,9 +3,10 @@
 import dataclasses
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import datasets
@@ -18,6 +19,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 
 from ..adapters import BASE, add_lora, detector_of, is_adapter
 from ..anchor_fit import AnchorSetting, fit_to_splits
+from ..card.model_card_data import is_hub_id
 from ..data import (
     DetectionAugmentation,
     DetectionDataset,
@@ -42,6 +44,7 @@ from .train_options import (
     DataArguments,
     ModelArguments,
     parse_options,
+    read_config_overrides,
     read_json_option,
     shown_command,
 )
@@ -61,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         datasets.disable_progress_bars()
         transformers.logging.set_verbosity_error()
     set_seed(args.seed)
-    overrides = read_json_option("config_overrides", model_args.config_overrides)
+    overrides = read_config_overrides(model_args.config_overrides)
     if classes := sorted(overrides.keys() & {"id2label", "label2id", "num_labels"}):
         raise ValueError(
             f"--config_overrides gives {', '.join(classes)}: the classes are those of --dataset. Leave it out."
@@ -97,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     trainer.save_metrics(held_out, {**metrics, "train_minutes": round(minutes, 2)})
     trainer.save_state()
     trainer.card_facts = {
-        "dataset_name": Path(data_args.dataset).name if data_args.dataset else "drawn shapes",
+        **_names_of(data_args.dataset),
         "command": shown_command(argv),
         "limits": ["Its DiT began with random weights, not with pretrained ones."] if model_args.random_dit else [],
     }
@@ -118,6 +121,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         logger.info("This was a small DiT. A large one: --model facebook/DiT-XL-2-256 (weights under CC BY-NC 4.0).")
     trainer.accelerator.end_training()
     return metrics
+
+
+def _names_of(dataset: str | None) -> dict[str, Any]:
+    """What the card calls the data: a folder by its name, a data set on the Hub by its id, too."""
+    if dataset is None:
+        return {"dataset_name": "drawn shapes"}
+    on_hub = is_hub_id(dataset) and not Path(dataset).exists()
+    return {"dataset_name": Path(os.path.abspath(dataset)).name, "dataset_id": dataset if on_hub else None}
 
 
 def _training_inputs(
@@ -182,6 +193,8 @@ def _load_model(
             if args.process_index == 0:
                 model.save_pretrained(model.name_or_path)
                 image_processor.save_pretrained(model.name_or_path)
+    elif Path(model.name_or_path).is_dir():  # the adapter is to find it from other folders, too
+        model.name_or_path = os.path.abspath(model.name_or_path)
     return add_lora(model, model_args.lora_r), image_processor
 
 
@@ -198,7 +211,7 @@ def _base_to_resume(args: DetectionTrainingArguments) -> str | None:
         file, base = checkpoint / ADAPTER_CONFIG_NAME, checkpoint.parent / BASE
         if file.is_file() and base.is_dir():
             named = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-            return str(base) if Path(named or "").name == BASE else None
+            return str(base) if PureWindowsPath(named or "").name == BASE else None
     return None
 
 

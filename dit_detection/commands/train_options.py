@@ -228,6 +228,19 @@ def read_json_option(name: str, text: str) -> dict[str, Any]:
     return value
 
 
+def read_config_overrides(text: str) -> dict[str, Any]:
+    """
+    The fields of a detector's configuration that `--config_overrides` gives.
+
+    Raises:
+        ValueError: If it is no object, or has what says how a DiT is loaded.
+    """
+    overrides = read_json_option("config_overrides", text)
+    if names := sorted(overrides.keys() & {"dtype", "vae", "family"}):
+        raise ValueError(f"--config_overrides gives {', '.join(names)}, which is no field of DiTDetectionConfig.")
+    return overrides
+
+
 def _names(argv: list[str], option: str) -> bool:
     # With dashes or underscores, as argparse takes them.
     return any(argument.partition("=")[0].replace("-", "_") == option.replace("-", "_") for argument in argv)

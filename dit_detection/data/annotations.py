@@ -114,7 +114,8 @@ class Annotations:
         """Report what is wrong with an image, or with an object in it and its box (xywh, original pixels)."""
         image = self.image_paths[row] if row < len(self.image_paths) else None
         box = None if bbox is None else (bbox[0], bbox[1], bbox[2], bbox[3])
-        self.problems.add(kind, self.where(row, object_id), what, image, box)
+        size = (self.widths[row], self.heights[row]) if self.widths[row] and self.heights[row] else None
+        self.problems.add(kind, self.where(row, object_id), what, image, box, size)
 
     def where(self, row: int, object_id: int | None = None) -> str:
         """The words that name an image, or an object in it, in messages."""

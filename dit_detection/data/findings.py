@@ -78,6 +78,7 @@ class Example:
         what (`str`): What is the matter there.
         split (`str`, *optional*), row (`int`, *optional*): Where to find the image in the data set.
         image (`str`, *optional*): Path of the image, if it is not in the data set.
+        size (`tuple[int, int]`, *optional*): Width and height that such an image is annotated with, where known.
         boxes (`tuple`): The boxes in question, xywh, original pixels.
         labels (`tuple[str, ...]`): A word for each.
     """
@@ -87,6 +88,7 @@ class Example:
     split: str | None = None
     row: int | None = None
     image: str | None = None
+    size: tuple[int, int] | None = None
     boxes: tuple[tuple[float, float, float, float], ...] = ()
     labels: tuple[str, ...] = ()
 
@@ -137,6 +139,7 @@ class FindingLog:
                     p.where,
                     p.what,
                     image=p.image,
+                    size=p.size,
                     boxes=() if p.box is None else (p.box,),
                     labels=("",) * (p.box is not None),
                 )

@@ -16,9 +16,9 @@ NUM_BYTES = 4096
 
 
 def count_objects(rows: Dataset) -> dict[str, int]:
-    """Annotated objects per class of a split in the row format, crowd regions included."""
-    names = class_names_of(rows)
-    counts = np.bincount(_table(rows).labels, minlength=len(names))
+    """Annotated objects per class of a split in the row format, without crowd regions."""
+    names, table = class_names_of(rows), _table(rows)
+    counts = np.bincount(table.labels[table.iscrowd == 0], minlength=len(names))
     return {name: int(count) for name, count in zip(names, counts, strict=True)}
 
 

@@ -96,7 +96,10 @@ def find_same_place(table: SplitTable) -> tuple[NDArray[np.int64], NDArray[np.in
 def inspect_classes(tables: Mapping[str, SplitTable], class_names: Sequence[str], log: FindingLog) -> None:
     """Look for classes that are unused, misplaced or rare, in all splits together."""
     num_classes = len(class_names)
-    counts = {name: np.bincount(table.labels, minlength=num_classes) for name, table in tables.items()}
+    # Without crowd regions, in which nothing is learned.
+    counts = {
+        name: np.bincount(table.labels[table.iscrowd == 0], minlength=num_classes) for name, table in tables.items()
+    }
     for split, per_class in counts.items():
         if not per_class.sum():
             log.add("split without objects", 1, [Example(split, "none of its images has an object")], split)

@@ -104,6 +104,7 @@ class Problem:
         image (`str`, *optional*): Path of the image, where one is concerned and it is a file.
         box (`tuple[float, float, float, float]`, *optional*): The box concerned, xywh, original pixels; may hold
             anything that is a number.
+        size (`tuple[int, int]`, *optional*): Width and height of the image as annotated, where the annotations say.
     """
 
     kind: str
@@ -111,6 +112,7 @@ class Problem:
     what: str
     image: str | None = None
     box: tuple[float, float, float, float] | None = None
+    size: tuple[int, int] | None = None
 
 
 class ProblemLog:
@@ -138,6 +140,7 @@ class ProblemLog:
         what: str,
         image: str | None = None,
         box: tuple[float, float, float, float] | None = None,
+        size: tuple[int, int] | None = None,
     ) -> None:
         """Note one problem; the arguments are those of `Problem`."""
         where, what = escape_name(where), escape_name(what)
@@ -145,7 +148,7 @@ class ProblemLog:
         self.counts[kind] += 1
         examples = self.examples.setdefault(kind, [])
         if len(examples) < NUM_KEPT:
-            examples.append(Problem(kind, where, what, image, box))
+            examples.append(Problem(kind, where, what, image, box, size))
         if kind not in REMARKS and len(self.first) < NUM_SHOWN:
             self.first.append(f"{f'{where}: {what}':.1000}")  # file names may be endless
 

@@ -1,5 +1,6 @@
 """What happens when a visitor of the demo page drops images, moves a slider or saves. Needs gradio."""
 
+import dataclasses
 import html
 import time
 from collections import Counter
@@ -59,7 +60,8 @@ class DemoHandlers:
                 visit.num_left_out = len(paths) - index
                 break
             try:
-                visit.images.append(known.get(path) or look_at(self.model, self.image_processor, path, name))
+                image = known.get(path) or look_at(self.model, self.image_processor, path, name)
+                visit.images.append(dataclasses.replace(image, name=name))  # names depend on the others that are there
             except UnreadableImageError as error:
                 visit.unreadable[name] = str(error)
         for name, fault in list(visit.unreadable.items())[:MAX_NAMED]:

@@ -12,10 +12,9 @@ from typing import Any
 
 import gradio as gr
 import torch
-from transformers import AutoImageProcessor
 from transformers.utils import cached_file
 
-from ..adapters import load_detector
+from ..adapters import load_detector, load_image_processor
 from .handlers import NO_IMAGE_YET, DemoHandlers, Visit
 from .images import MIN_THRESHOLD
 
@@ -76,9 +75,7 @@ def load_page(
         ValueError: It is no detector of this package.
     """
     model = load_detector(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
-    image_processor = AutoImageProcessor.from_pretrained(
-        checkpoint, revision=revision, trust_remote_code=trust_remote_code
-    )
+    image_processor = load_image_processor(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     is_local = Path(checkpoint).is_dir()
@@ -95,11 +92,12 @@ def load_page(
 def chosen_threshold(card_data: str | None) -> float:
     """The confidence threshold that was chosen on validation data, from the card's saved state; or the usual one."""
     try:
-        threshold = json.loads(card_data or "{}").get("threshold")
+        card = json.loads(card_data or "{}")
+        threshold, split = card.get("threshold"), card.get("threshold_split")
     except (ValueError, AttributeError):  # someone else's file of that name
         return DEFAULT_THRESHOLD
-    is_score = isinstance(threshold, float) and 0 <= threshold < 1
-    return round(max(threshold, MIN_THRESHOLD), 2) if is_score else DEFAULT_THRESHOLD
+    is_chosen = split is not None and isinstance(threshold, float) and 0 <= threshold < 1
+    return round(max(threshold, MIN_THRESHOLD), 2) if is_chosen else DEFAULT_THRESHOLD
 
 
 def build_page(
@@ -231,7 +229,9 @@ def launch(page: gr.Blocks, **options: Any) -> None:
 def without_pictures(card: str) -> str:
     """A card's Markdown without front matter and pictures, which the page would have to load from elsewhere."""
     text = re.sub(r"\A---\n.*?\n---\n", "", card, flags=re.DOTALL)
-    return re.sub(r"!\[[^\]]*\]\([^)]*\)|<img\b[^>]*>", "", text, flags=re.IGNORECASE)
+    # With the address behind it, or with the name of one that stands elsewhere; brackets in the text are escaped.
+    picture = r"!\[(?:\\.|[^\]\\])*\](?:\([^)]*\)|\[[^\]]*\])?|<img\b[^>]*>"
+    return re.sub(picture, "", text, flags=re.IGNORECASE)
 
 
 def _slider(label: str, low: float, high: float, value: float, info: str) -> gr.Slider:

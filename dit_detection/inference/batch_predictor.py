@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
 
-from ..adapters import load_detector
+from ..adapters import load_detector, load_image_processor
 from ..data.image_reading import UnreadableImageError, read_image, to_rgb
 from .prediction_formats import detections_of
 
@@ -91,7 +90,7 @@ class BatchPredictor:
         self.threshold, self.nms_threshold = threshold, nms_threshold
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_detector(checkpoint).to(device).eval()
-        self.image_processor = AutoImageProcessor.from_pretrained(checkpoint)
+        self.image_processor = load_image_processor(checkpoint)
         self.class_names = model_class_names(self.model)
 
     def __reduce__(self) -> tuple[type["BatchPredictor"], tuple[Any, ...]]:

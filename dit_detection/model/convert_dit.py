@@ -102,11 +102,11 @@ def dit_config(
         )
     if out_indices is None:
         taps = sorted({max(1, round(depth * blocks / 28)) - 1 for blocks in (10, 14, 18)})
-    elif out_indices and all(-depth <= tap < depth for tap in out_indices):
+    elif out_indices and all(isinstance(tap, int) and -depth <= tap < depth for tap in out_indices):
         taps = [tap % depth for tap in out_indices]
     else:
         raise ValueError(
-            f"out_indices={list(out_indices)} must name at least one of this DiT's blocks, {-depth} to {depth - 1}."
+            f"out_indices={out_indices!r} must name at least one of this DiT's blocks, {-depth} to {depth - 1}."
         )
 
     latent_encoder, downsampling = None, 1

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
 from huggingface_hub import ModelCard, snapshot_download
 from safetensors import safe_open
+from yaml import YAMLError
 
+# DiT-XL/2 by its authors, in diffusers' layout or the original one.
+PUBLISHED_DIT = re.compile(r"DiT-XL-2-(256|512)")
 _AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 
 
@@ -68,20 +72,40 @@ def load_dit(
 
 def source_name(source: Any) -> str | None:
     """
-    The Hub id of a source, or of what a folder's model card says that it was made from, licence and all; or the last
-    part of its folder: paths of this machine are nobody else's business.
+    The Hub id of a source, or of what a folder's model card says that it was made from, licence and all; or the part
+    of its path that tells what it is: paths of this machine are nobody else's business.
     """
     if not isinstance(source, str | os.PathLike):
-        config = getattr(source, "transformer", source).config
-        source = config.get("_name_or_path") or ""
+        configs = [getattr(part, "config", None) or {} for part in (source, getattr(source, "transformer", None))]
+        source = next((name for config in configs if (name := config.get("_name_or_path"))), "")
     name = os.fspath(source)
-    card = Path(name) / "README.md"
-    if name and card.is_file():
-        made_from = ModelCard.load(card, ignore_metadata_errors=True).data.get("base_model")
-        if isinstance(made_from, str):
-            return made_from
     is_hub_id = name.count("/") == 1 and not name.startswith(("/", ".")) and not os.path.exists(name)
-    return (name if is_hub_id else Path(name).name) or None
+    if not name or is_hub_id:
+        return name or None
+    folder = Path(os.path.abspath(name))  # "." has no name
+    if folder.name == "transformer":
+        folder = folder.parent
+    if made_from := _made_from(folder / "README.md"):
+        return made_from
+    named = (part for part in reversed(folder.parts) if PUBLISHED_DIT.search(part) or part.startswith("models--"))
+    part = next(named, folder.name)
+    # In the Hub's cache a folder above the commit has the id.
+    return "/".join(part.split("--")[1:]) if part.startswith("models--") else part
+
+
+def _made_from(card: Path) -> str | None:
+    """What a model card says that the weights beside it were made from; the published DiT's own card names itself."""
+    if not card.is_file():
+        return None
+    try:
+        content = ModelCard.load(card, ignore_metadata_errors=True)
+        base_model, license = content.data.get("base_model"), content.data.get("license")
+    except (ValueError, YAMLError):  # it is asked for a name alone
+        return None
+    if isinstance(base_model, str):
+        return base_model
+    published = PUBLISHED_DIT.search(content.text)
+    return f"facebook/{published[0]}" if published and license == "cc-by-nc-4.0" else None
 
 
 def _check_is_dit(config: dict[str, Any], source: Any) -> None:
@@ -90,6 +114,8 @@ def _check_is_dit(config: dict[str, Any], source: Any) -> None:
     is_legacy_dit = config.get("norm_type") == "ada_norm_zero" and config.get("patch_size") is not None
     if name == "DiTTransformer2DModel" or (name == "Transformer2DModel" and is_legacy_dit):
         return
+    if name == "DiTPipeline":
+        raise ValueError(f"source={source!r} is a DiTPipeline without transformer/config.json. Download it again.")
     if config.get("model_type") == "beit" or name.startswith("Beit"):
         raise ValueError(
             f"source={source!r} is a BEiT ({name}), like Microsoft's *Document Image Transformer*, also called "
@@ -139,7 +165,13 @@ def _fetch(source: str | os.PathLike, argument: str, patterns: list[str]) -> Pat
 def _read_config(folder: Path, subfolder: str) -> dict[str, Any]:
     for path in (folder / subfolder / "config.json", folder / "model_index.json"):
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            try:
+                config = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path} is not valid JSON: {error}. Download it again.") from error
+            if not isinstance(config, dict):
+                raise ValueError(f"{path} must hold a JSON object, but is a {type(config).__name__}. Correct it.")
+            return config
     return {}
 
 
@@ -188,8 +220,8 @@ def _load_model(model_class: Any, source: str | os.PathLike, argument: str, subf
         )
     except Exception as error:  # a broken file raises whatever its reader raises
         raise ValueError(
-            f"{argument}={os.fspath(source)!r} cannot be read as {model_class.__name__}: {error}"
-        ) from error
+            f"{argument}={os.fspath(source)!r} cannot be read as {model_class.__name__}: {unpickling_reason(error)}"
+        ) from None
     # The earliest checkpoints may carry the position table, which is computed.
     unexpected = set(info["unexpected_keys"]) - {"pos_embed.pos_embed"}
     for fault, keys in (("lacks", info["missing_keys"]), ("has unexpected", unexpected)):
@@ -201,15 +233,29 @@ def _load_model(model_class: Any, source: str | os.PathLike, argument: str, subf
     return model
 
 
+def unpickling_reason(error: Exception) -> str:
+    """What torch refuses in a pickle; the rest of its message tells how to switch the protection off."""
+    text = str(error)
+    return text.rpartition("WeightsUnpickler error: ")[2].partition("\n")[0] if "weights_only" in text else text
+
+
 def _file_dtype(files: list[Path]) -> torch.dtype:
     """The narrowest dtype that holds every weight of the files: diffusers would widen float16 to float32."""
+    return reduce(torch.promote_types, (dtype for file in files for dtype in _dtypes_in(file)))
+
+
+def _dtypes_in(file: Path) -> set[torch.dtype]:
+    with file.open("rb") as opened:
+        if opened.read(24).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{file.name} is a pointer of git-lfs, not the weights. Run `git lfs pull` there.")
     names = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-    dtypes: set[torch.dtype] = set()
-    for file in files:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as weights:
-                dtypes.update(names[weights.get_slice(key).get_dtype()] for key in weights.keys())  # noqa: SIM118
-        else:
-            tensors = torch.load(file, map_location="meta", weights_only=True)
-            dtypes.update(tensor.dtype for tensor in tensors.values())
-    return reduce(torch.promote_types, dtypes)
+    try:
+        if file.suffix != ".safetensors":
+            return {tensor.dtype for tensor in torch.load(file, map_location="meta", weights_only=True).values()}
+        with safe_open(file, framework="pt") as weights:
+            found = {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118
+    except Exception as error:  # a broken file raises whatever its reader raises
+        raise ValueError(f"{file.name} is damaged ({unpickling_reason(error)}). Download it again.") from None
+    if others := found - names.keys():
+        raise ValueError(f"{file.name} has weights in {', '.join(sorted(others))}; {', '.join(names)} are supported.")
+    return {names[name] for name in found}

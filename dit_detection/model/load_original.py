@@ -19,6 +19,7 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from torch import Tensor
 
 from .backbone import make_positions
+from .load_dit import unpickling_reason
 
 FAMILIES = ("dit", "sit", "repa")
 # Width → attention heads of the published sizes S, B, L and XL; no weight's shape depends on the heads.
@@ -125,8 +126,7 @@ def _read_weights(source: str | os.PathLike) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([Namespace]):
             content = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
     except Exception as error:  # a broken file raises whatever its reader raises
-        # Of torch's refusal the reason alone: the rest of its message tells how to switch the protection off.
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0]
+        reason = unpickling_reason(error).partition("\n")[0]
         raise ValueError(
             f"source={os.fspath(source)!r} cannot be read as weights of PyTorch ({type(error).__name__}: {reason}). "
             f"Download it again; if it holds other objects than tensors, which could run any code, have its author "

@@ -288,6 +288,8 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
             )
         transformer, autoencoder = load_dit(dit, vae=vae)
         if id2label is not None:
+            if not isinstance(id2label, Mapping):
+                raise ValueError(f"id2label must be a dict of names by label, but is {id2label!r:.80}.")
             id2label = {int(index): name for index, name in id2label.items()}
             config |= {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
         config.setdefault("base_model", source_name(source))

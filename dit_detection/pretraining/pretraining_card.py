@@ -10,7 +10,6 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..card.model_card_data import DetectionModelCardData
 from ..card.model_card_text import code_block, escaped, linked
-from ..card.training_card import hardware_of
 from ..visualize import plot_history
 
 LOSS_PICTURE = "loss.png"
@@ -40,7 +39,7 @@ class PretrainingFacts:
         num_images (`int`), num_held_out (`int`): Trained on, and not trained on.
         fingerprint (`str`): Of all these images.
         command (`str`), seed (`int`), steps (`int`), batch_size (`int`), minutes (`float`): Of the run.
-        world_size (`int`): Processes.
+        hardware (`str`): What it ran on.
         losses (`Mapping[int, float]`): First and last held-out loss, by the step.
     """
 
@@ -59,7 +58,7 @@ class PretrainingFacts:
     steps: int
     batch_size: int
     minutes: float
-    world_size: int
+    hardware: str
     losses: Mapping[int, float]
 
     @property
@@ -106,7 +105,7 @@ def _text(facts: PretrainingFacts, has_samples: bool) -> str:
         "Size": f"{facts.num_parameters / 1e6:.1f} M parameters, {facts.image_size} x {facts.image_size} pixels",
         "Steps": f"{facts.steps} of {facts.batch_size} images",
         "Seed": str(facts.seed),
-        "Duration": f"{facts.minutes:.1f} minutes on {hardware_of(facts.world_size)}",
+        "Duration": f"{facts.minutes:.1f} minutes on {facts.hardware}",
         "Held-out loss": ", ".join(f"{loss:.4f} after step {step}" for step, loss in facts.losses.items()),
         "Versions": ", ".join(f"{name} {version(name)}" for name in _LIBRARIES),
     }

@@ -6,9 +6,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import ModelCard
-from transformers.utils import CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from yaml import YAMLError
 
+from ..adapters import base_of
 from ..card.model_card import DetectionModelCardData, create_model_card
 from .shared_files import CARD_DATA_NAME, CARD_NAME, read_json
 
@@ -29,7 +30,9 @@ def card_changes(
     Raises:
         ValueError: If the front matter cannot be read, or claims another licence than the weights have.
     """
-    config = read_json(folder / CONFIG_NAME) or read_json(folder / "base" / CONFIG_NAME)
+    config = read_json(folder / CONFIG_NAME)
+    if not config and (base := read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")):
+        config = read_json(Path(base_of(folder, base)) / CONFIG_NAME)
     known = DetectionModelCardData(
         model_name=repo_id.split("/")[-1],
         config={"id2label": {}, **config},
@@ -37,6 +40,11 @@ def card_changes(
     )
     path, has_card = folder / CARD_NAME, (folder / CARD_NAME).is_file()
     data = _saved_state(folder) if has_card else known
+    if data is not None and known.id2label and data.id2label != known.id2label:
+        raise ValueError(
+            f"{folder / CARD_DATA_NAME} is of a detector of other classes than {CONFIG_NAME}. Delete it and "
+            f"{CARD_NAME}."
+        )
     if data is None:
         card = _read_card(path)
         before = card.data.to_dict()

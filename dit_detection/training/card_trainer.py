@@ -77,6 +77,15 @@ class CardTrainer(SharingTrainer):
             logs["minutes"] = round(minutes, 2)
         super().log(logs, start_time)
 
+    def log_metrics(self, split: str, metrics: dict[str, float]) -> None:
+        """As `Trainer.log_metrics`, which takes what has "_mem_" in its name for bytes: classes may be called so."""
+        if not self.is_world_process_zero():
+            return
+        shown = {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in metrics.items()}
+        widths = [max(map(len, texts), default=0) for texts in (shown.keys(), shown.values())]
+        lines = (f"\n  {name:<{widths[0]}} = {shown[name]:>{widths[1]}}" for name in sorted(shown))
+        print(f"***** {split} metrics *****{''.join(lines)}")  # noqa: T201 (as Trainer does)
+
     def evaluate(
         self,
         eval_dataset: Any = None,
@@ -125,7 +134,8 @@ class CardTrainer(SharingTrainer):
         }
         # What --auto_find_batch_size has found may be less than the arguments say.
         per_step = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        known = training_facts(self.model, self.args, self.state.log_history, given, evaluations, per_step)
+        is_trained = self.state.global_step > 0
+        known = training_facts(self.model, self.args, self.state.log_history, given, evaluations, per_step, is_trained)
         known |= report_facts(evaluations, self.model.config.id2label)
         if model_name is not None:
             known["model_name"] = model_name
