@@ -5,8 +5,9 @@ What this package does, timed in turn with what it is measured against, as one t
     python scripts/benchmark.py --device cuda --json table.json
 
 The first takes under ten minutes on two cores. Each row times two things in turn in one run, A, B, A, B, …, after
-warm-up, and prints medians of wall and CPU time (over all threads), their ratios (above 1: ours is faster), the FLOPs
-of a call, the parameters and the memory that a call needs at its peak. Nothing is downloaded: weights are random.
+warm-up, and prints medians of wall and CPU time (over all threads), the medians of the ratios of each A to its B
+(above 1: ours is faster; on a busy machine they are steadier than the ratio of the medians), the FLOPs of a call, the
+parameters and the memory that a call needs at its peak. Nothing is downloaded: weights are random.
 """
 
 import argparse
@@ -40,6 +41,9 @@ def main() -> None:
     if args.costs:
         print(table())
         return
+    for name in ("threads", "repeats"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} must be 1 or more.")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     settings = Settings(args.device, args.quick, args.repeats)

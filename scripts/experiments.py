@@ -56,8 +56,7 @@ def main() -> None:
 
     parser = make_parser()
     args = parser.parse_args()
-    if args.large and args.sweep:
-        parser.error("--large is a budget of the table; a --sweep has its own.")
+    check_options(args, parser)
     try:
         if args.autoencoder:
             ratio = train_autoencoder(args.autoencoder, [args.data / name for name in DATASETS])
@@ -67,6 +66,9 @@ def main() -> None:
             print_probes(args.data, args.pretrained, args.datasets or DATASETS)
             return
         records = Records(args.results)
+        known = sorted({name for record in records for name in record["metrics"]})
+        if args.table and known and args.metric not in known:
+            parser.error(f"--metric {args.metric} is none of {', '.join(known)}.")
         runner = Runner(args.data, _pretrained(args, parser), records)
         if args.sweep:
             plan = list(
@@ -90,6 +92,20 @@ def main() -> None:
         return
     if not make_runs(missing, runner, records, args.minutes):
         sys.exit("Some runs failed, with the reasons above.")
+
+
+def check_options(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """End with a usage error where options contradict each other or name nothing that could be run."""
+    if args.large and args.sweep:
+        parser.error("--large is a budget of the table; a --sweep has its own.")
+    if args.arms and args.sweep:
+        parser.error("--arms is of the table; a --sweep has its own arm.")
+    for fraction in args.fractions or ():
+        if not 0 < fraction <= 1:
+            parser.error(f"--fractions {fraction:g} must lie above 0 and be at most 1.")
+    for seed in args.seeds or ():
+        if seed < 0:
+            parser.error(f"--seeds {seed} must be 0 or more.")
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -115,3 +115,7 @@ def test_a_name_that_no_row_has_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         runpy.run_path(script, run_name="__main__")
     assert "--only no such row: no row" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [script, "--repeats", "0"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+    assert "--repeats 0 must be 1 or more" in capsys.readouterr().err

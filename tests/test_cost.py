@@ -1,8 +1,14 @@
+from unittest.mock import patch
+
 import pytest
 import torch
+from tiny_training import label_fields, make_trainer
 from torch.utils.flop_counter import FlopCounterMode
 
-from dit_detection import DiTForObjectDetection
+from dit_detection import DetectionTrainingArguments, DiTDetectionImageProcessor, DiTForObjectDetection
+from dit_detection.commands import dry_run
+from dit_detection.commands.dry_run import describe_cost
+from dit_detection.data import draw_shapes_dataset
 from dit_detection.training.cost import measure_flops_per_second, training_cost
 
 CANVAS = (64, 96)
@@ -71,6 +77,38 @@ def test_nothing_frozen_has_no_cache(tiny_config):
     assert cost.frozen_flops == cost.cache_bytes == 0
     assert cost.memory_bytes == pytest.approx(cost.cached_memory_bytes, rel=0.01)
     assert cost.num_trained == cost.num_parameters
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [
+        ({"num_train_epochs": 4}, "2 per epoch, 8 in all"),
+        ({"num_train_epochs": 4, "dataloader_drop_last": True}, "1 per epoch, 4 in all"),
+        ({"max_steps": 5}, "2 per epoch, 5 in all"),
+    ],
+)
+def test_the_steps_are_those_of_the_run(tiny_model, tmp_path, arguments, steps):
+    dataset = draw_shapes_dataset(4, 2, 0, image_size=64)
+    model, image_processor = tiny_model(**label_fields(dataset)), DiTDetectionImageProcessor(size=64)
+    arguments = {"per_device_train_batch_size": 3, **arguments}
+    args = DetectionTrainingArguments(str(tmp_path), use_cpu=True, **arguments)
+    args._n_gpu = 4  # of which training takes one
+    assert steps in describe_cost(model, image_processor, dataset, args, 1)
+    trainer = make_trainer(model, dataset, tmp_path, **arguments, eval_strategy="no", load_best_model_at_end=False)
+    trainer.train()
+    assert f"{trainer.state.global_step} in all" in steps
+
+
+def test_averages_take_memory(tiny_model, tmp_path):
+    dataset = draw_shapes_dataset(4, 2, 0, image_size=64)
+    model, image_processor = tiny_model(**label_fields(dataset)), DiTDetectionImageProcessor(size=64)
+    told = []
+    for ema_decay in (None, 0.9):
+        args = DetectionTrainingArguments(str(tmp_path), use_cpu=True, ema_decay=ema_decay)
+        with patch.object(dry_run, "size_text", lambda num_bytes: told.append(num_bytes) or ""):
+            describe_cost(model, image_processor, dataset, args, 1)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert told[-1] - told[0] == 4 * trained
 
 
 def test_a_device_has_some_speed():

@@ -203,6 +203,23 @@ def other_weights(folder, tmp_path):
     return {"model": tmp_path / "other"}
 
 
+def test_an_image_that_is_named_twice_is_predicted_once(run, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(images)
+    code, printed = run(["a.png", ".", "./a.png"], tmp_path / "out", "--no_pictures")
+    assert code == 0, printed
+    files = [Path(found["file"]).name for found in read(tmp_path / "out")]
+    assert len(files) == 11 and files.count("a.png") == 1 and files[0] == "a.png"
+
+
+def test_images_of_one_label_file_are_found_beforehand(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "load_detector", lambda source: pytest.fail("nothing is loaded"))
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "a.jpg"):
+        picture(0, (20, 20)).save(tmp_path / "in" / name)
+    with pytest.raises(ValueError, match=r"a.jpg and .*a.png would have the same YOLO label file, a.txt"):
+        run(tmp_path / "in", tmp_path / "out", "--format", "yolo")
+
+
 def other_processor(folder, tmp_path):
     from dit_detection import DiTForObjectDetection
 
@@ -498,6 +515,19 @@ def test_workers_read_what_the_process_itself_reads(run, images, tmp_path):
 
 
 # As a function of a batch
+
+
+def test_arrays_that_are_no_images_say_so(checkpoint):
+    predictor = BatchPredictor(str(checkpoint), device="cpu")
+    image = np.full((20, 30, 3), 90, np.uint8)
+    strange = [None, image.tolist(), image[:0], image[..., :1], image.astype(np.float32), image[..., 0].astype(int)]
+    column = np.empty(len(strange) + 1, dtype=object)
+    column[:] = [*strange, image]
+    found = predictor({"image": column})
+    for error in found["error"][:-1]:
+        assert error.endswith("Give uint8 of shape (H, W, 3).")
+    assert found["error"][-1] is None and len(found["boxes"][-1]) == len(predictor({"image": column[-1:]})["boxes"][0])
+    assert all(len(boxes) == 0 for boxes in found["boxes"][:-1])
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from dit_detection.inference.prediction_formats import (
     to_yolo,
     unreadable,
     write_predictions,
+    yolo_label_names,
 )
 
 NAMES = ["cat", "dog", "owl"]
@@ -151,6 +153,11 @@ def test_a_file_that_could_not_be_finished_leaves_the_earlier_one(tmp_path):
         write_predictions(broken(), tmp_path, "json", NAMES)
     assert (tmp_path / "predictions.json").read_text() == before
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.json"]
+
+
+def test_yolo_label_names_follow_the_order_of_the_images():
+    assert yolo_label_names(["b/2.jpg", "a/1.png", "b/1.png"]) == [f"b{os.sep}2", f"a{os.sep}1", f"b{os.sep}1"]
+    assert yolo_label_names([]) == []
 
 
 def test_yolo_labels_stand_as_their_images_do(tmp_path):

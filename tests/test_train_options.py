@@ -95,9 +95,20 @@ def test_the_command_that_is_shown_neither_resumes_nor_tells_tokens(said):
 def test_what_a_detector_has_settled_is_refused(tiny_model, coco_set, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     DiTDetectionImageProcessor(size=64).save_pretrained(tmp_path)
-    for option in (["--timestep", "10"], ["--condition", "1"], ["--vae", "none"], ["--image_size", "96"]):
+    job = ["--model", str(tmp_path), "--dataset", str(coco_set), "--output_dir", str(tmp_path / "out"), "--dry_run"]
+    for option in (
+        *(["--timestep", "10"], ["--condition", "1"], ["--vae", "none"]),
+        *(["--image_size", "96"], ["--image_size", "512"]),
+        *(["--config_overrides", '{"timestep": 7}'], ["--config_overrides", '{"out_indices": [1]}']),
+    ):
         with pytest.raises(ValueError, match=rf"{option[0]} .*is a detector"):
-            train.main(["--model", str(tmp_path), "--dataset", str(coco_set), *option])
+            train.main([*job, *option])
+    for name, value in (("pretrained_grid", 32), ("hidden_act", '"relu"'), ("hidden_size", 64)):
+        with pytest.raises(ValueError, match=f"{name} is that of the DiT"):
+            train.main([*job, "--config_overrides", f'{{"{name}": {value}}}'])
+    train.main([*job, "--image_size", "64", "--timestep", "50"])  # as it is
+    # Without a data set the embedded job would have another canvas; nobody asked for it.
+    train.main(["--model", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--dry_run"])
 
 
 @pytest.mark.parametrize(
@@ -117,7 +128,14 @@ def test_rates_and_frozen_blocks_are_those_of_the_dit(options, rate, decay, froz
 
 def test_one_precision_alone_is_the_one_that_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(train_options, "computes_bf16", lambda on_cpu: True)
-    for options, fp16, bf16 in (([], False, True), (["--fp16", "True"], True, False), (["--fp16"], True, False)):
+    for options, fp16, bf16 in (
+        ([], False, True),
+        (["--fp16", "True"], True, False),
+        (["--fp16"], True, False),
+        (["--fp16", "--disable_tqdm", "True"], True, False),
+        (["--fp16", "False"], False, True),
+        (["--fp16=no"], False, True),
+    ):
         args = parse_options(["--dataset", "x", "--output_dir", str(tmp_path), *options])[2]
         assert (args.fp16, args.bf16) == (fp16, bf16)
 
@@ -155,7 +173,21 @@ def test_what_the_card_calls_the_data(tmp_path, monkeypatch):
         (["--image_size", "64", "64", "64"], "a side, or height and width"),
         (["--image_size", "0"], "a side, or height and width"),
         (["--model", "x", "--random_dit", "tiny"], "--random_dit tiny stands in the place of --model x"),
-        (["--streaming", "--max_steps", "1", "--test_fraction", "0.1"], "--test_fraction needs to see all"),
+        (
+            ["--dataset", "x", "--streaming", "--max_steps", "1", "--test_fraction", "0.1"],
+            "--test_fraction needs to see all",
+        ),
+        (["--class_names", "a", "b"], "--class_names is for --dataset"),
+        (["--validation-fraction=0.9"], "--validation_fraction is for --dataset"),
+        (["--num_views", "0"], "--num_views 0 must be 1 or more"),
+        (["--num_views", "4", "--augmentation", "none"], "--num_views 4: with --augmentation none"),
+        (["--random_dit", "tiny", "--dry_run", "--cache_frozen"], "nothing of this model is frozen"),
+        (["--random_dit", "tiny", "--freeze_layers", "99"], "--freeze_layers 99 must lie between 0 and 4"),
+        (["--random_dit", "tiny", "--freeze_layers", "-5"], "--freeze_layers -5 must lie between 0 and 4"),
+        (
+            [*("--random_dit", "tiny", "--class_weights", "balanced"), "--config_overrides", '{"class_weights": [1]}'],
+            "both give class_weights",
+        ),
     ],
 )
 def test_options_that_cannot_be_meant(option, message, capsys):

@@ -14,6 +14,7 @@ from ..training.training_args import DetectionTrainingArguments
 # Of what matrix products reach, a detector's step reaches about this share: the rest goes into norms, activations and
 # small feature maps. In `scripts/benchmark.py --quick` on 2 cores it was 0.5 (small detector, cached steps) to 0.75.
 EFFICIENCY = 0.5
+EMA_BYTES = 4  # per trained weight: the averages, or what they stand in for, in float32
 
 
 def describe_cost(
@@ -30,19 +31,26 @@ def describe_cost(
     """
     num_frozen = model.model.backbone.num_frozen_layers()
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    batch_size = args.per_device_train_batch_size
     cost = training_cost(
         model.config,
         canvas_of(image_processor),
         freeze_layers=num_frozen or None,
-        batch_size=args.per_device_train_batch_size,
+        batch_size=batch_size,
         dtype=dtype,
     )
     num_train, num_validation = dataset["train"].num_rows, dataset["validation"].num_rows
     num_drawn = num_train
     if args.repeat_factor_threshold is not None:
         num_drawn = round(sum(repeat_factors_of(dataset["train"], args.repeat_factor_threshold)))
-    images_per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    steps_per_epoch = -(-num_drawn // images_per_step)
+    if args.cache_frozen and not cost.cache_bytes:
+        raise ValueError("--cache_frozen: nothing of this model is frozen that could be cached. Add --freeze_layers.")
+    # Of several GPUs in one process training takes one.
+    images_per_step = batch_size * args.world_size * args.gradient_accumulation_steps
+    steps_per_epoch = (
+        max(1, num_drawn // images_per_step) if args.dataloader_drop_last else -(-num_drawn // images_per_step)
+    )
+    averages = 0 if args.ema_decay is None else EMA_BYTES * cost.num_trained
     epochs = args.num_train_epochs if args.max_steps < 0 else args.max_steps / steps_per_epoch
     frozen = ["the latent encoder"] * (model.model.latent_encoder is not None)
     frozen += [f"the patch embedding and {num_frozen} of {model.config.num_hidden_layers} blocks"] * (num_frozen > 0)
@@ -63,7 +71,7 @@ def describe_cost(
         ),
         (
             "memory",
-            f"about {size_text(cost.memory_bytes)} for a step of {args.per_device_train_batch_size} images per device"
+            f"about {size_text(cost.memory_bytes + averages)} for a step of {batch_size} images per device"
             + ", less with --gradient_checkpointing" * args.gradient_checkpointing,
         ),
         ("steps", f"{steps_per_epoch} per epoch, {round(steps_per_epoch * epochs)} in all"),
@@ -76,7 +84,7 @@ def describe_cost(
             (
                 "--cache_frozen",
                 f"{size_text(cost.cache_bytes * num_cached)} of disk ({num_views} views per training image), "
-                f"{size_text(cost.cached_memory_bytes)} of memory for a step, "
+                f"{size_text(cost.cached_memory_bytes + averages)} of memory for a step, "
                 f"about {duration_text(cached / speed)} in all",
             )
         )

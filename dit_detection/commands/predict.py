@@ -17,7 +17,7 @@ from ..data import InvalidDatasetError
 from ..data.image_listing import is_dataset, list_images, open_dataset, open_list
 from ..inference.batch_inference import predict_images, settings_of
 from ..inference.batch_predictor import model_class_names
-from ..inference.prediction_formats import write_predictions
+from ..inference.prediction_formats import write_predictions, yolo_label_names
 from ..inference.prediction_shards import PredictionShards, SettingsChangedError
 
 UNREADABLE = 3  # the exit code when all is done, but not all images could be read
@@ -136,7 +136,10 @@ def _open_images(args: argparse.Namespace, state: PartialState, listing: Path) -
     if state.is_main_process:
         list_images(args.images, listing, leave_out=Path(args.output_dir) / "pictures")
     state.wait_for_everyone()
-    return open_list(listing)
+    images = open_list(listing)
+    if args.format == "yolo":  # two images of one label file are found before all are predicted
+        yolo_label_names([encoded["path"] for encoded in images.with_format(None)["image"]])
+    return images
 
 
 def _report_unreadable(shards: PredictionShards, count: int) -> None:

@@ -8,7 +8,7 @@ from transformers import HfArgumentParser
 
 from ..pretraining.diffusion_trainer import PretrainingArguments
 from ..small_dit import SIZES as SMALL_SIZES
-from .train_options import computes_bf16
+from .train_options import computes_bf16, is_on
 
 # What is trained where no images are named: done within two minutes on 2 cores.
 EMBEDDED_JOB = {"size": "tiny", "image_size": 64, "num_shapes": 500, "max_steps": 400}
@@ -81,7 +81,7 @@ def parse_options(argv: list[str]) -> tuple[PretrainingOptions, PretrainingArgum
     parser.set_defaults(
         output_dir="outputs",
         use_cpu=on_cpu,
-        bf16=computes_bf16(on_cpu) and "fp16" not in names,
+        bf16=computes_bf16(on_cpu) and not is_on(argv, "--fp16"),
         per_device_train_batch_size=32,
         per_device_eval_batch_size=32,
         # On a CPU the workers would take the cores from the model.

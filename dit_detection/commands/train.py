@@ -1,6 +1,5 @@
 """Annotated images → a trained detector, its mAP, and pictures of what it sees."""
 
-import dataclasses
 import json
 import logging
 import os
@@ -31,6 +30,7 @@ from ..data import (
 )
 from ..data.statistics import read_table
 from ..data.transforms import plain_inputs
+from ..model.convert_dit import check_overrides
 from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
 from ..model.modeling_dit_detection import DiTForObjectDetection
 from ..small_dit import DETECTORS, SMALL_DIT, write_small_dit
@@ -76,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     with args.main_process_first(desc="reading the data set"):
         dataset = _load_dataset(data_args, args.seed)
     if data_args.class_weights == "balanced":
+        if "class_weights" in overrides:
+            raise ValueError("--class_weights balanced and --config_overrides both give class_weights. Leave one out.")
         overrides["class_weights"] = class_weights_of(dataset["train"])
     model, image_processor = _load_model(model_args, dataset, args, overrides)
     if model_args.dry_run:
@@ -174,7 +176,8 @@ def _load_model(
     source = model_args.model
     detector = None if model_args.lora_r is None else _base_to_resume(args)
     if detector is None and source is not None and _is_detector(source):
-        _refuse_what_is_settled(model_args, canvas_of(DiTDetectionImageProcessor.from_pretrained(source)))
+        canvas = canvas_of(DiTDetectionImageProcessor.from_pretrained(source))
+        _refuse_what_is_settled(model_args, AutoConfig.from_pretrained(source), canvas, overrides)
         detector = source
     if detector is not None:
         model, image_processor = _load_detector(detector, model_args, dataset, overrides)
@@ -183,6 +186,12 @@ def _load_model(
         model, image_processor = _make_detector(model_args, dataset, args, overrides)
         is_saved = False
     if model_args.freeze_layers is not None:
+        depth = model.config.num_hidden_layers
+        if not -1 <= model_args.freeze_layers <= depth:
+            raise ValueError(
+                f"--freeze_layers {model_args.freeze_layers} must lie between 0 and {depth}, the blocks up to the "
+                "deepest tap, or be -1 for all."
+            )
         model.freeze_backbone(None if model_args.freeze_layers < 0 else model_args.freeze_layers)
     if model_args.lora_r is None:
         return model, image_processor
@@ -286,17 +295,26 @@ def _fit_anchors(model: DiTForObjectDetection, dataset: DatasetDict, canvas: tup
         logger.info("Anchors stay as they are: others would not cover more of the boxes.")
 
 
-def _refuse_what_is_settled(model_args: ModelArguments, canvas: tuple[int, int]) -> None:
-    """A detector that training goes on with has its DiT and its canvas."""
-    for field in dataclasses.fields(ModelArguments):
-        given = getattr(model_args, field.name)
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        is_same = field.name == "image_size" and (given[0], given[-1]) == canvas
-        if field.name in ("vae", "family", "timestep", "condition", "image_size") and given != default and not is_same:
-            raise ValueError(
-                f"--{field.name} {given}: {model_args.model} is a detector, whose DiT and canvas are settled. Leave "
-                "the option out, or begin with the DiT that the detector was made of."
-            )
+def _refuse_what_is_settled(
+    model_args: ModelArguments, config: Any, canvas: tuple[int, int], overrides: dict[str, Any]
+) -> None:
+    """A detector that training goes on with has its DiT, folded into its weights, and its canvas."""
+    check_overrides(overrides)
+    size = model_args.image_size
+    given = {f"--{name} {getattr(model_args, name)}" for name in model_args.given & {"vae", "family"}}
+    if "image_size" in model_args.given and (size[0], size[-1]) != canvas:
+        given.add(f"--image_size {size}")
+    for name in ("timestep", "condition"):
+        if name in model_args.given and getattr(model_args, name) != getattr(config, name):
+            given.add(f"--{name} {getattr(model_args, name)}")
+    for name in ("timestep", "condition", "out_indices", "base_model"):
+        if name in overrides and overrides[name] != getattr(config, name):
+            given.add(f"--config_overrides with {name}")
+    if given:
+        raise ValueError(
+            f"{', '.join(sorted(given))}: {model_args.model} is a detector, whose DiT and canvas are settled. Leave "
+            "that out, or begin with the DiT that the detector was made of."
+        )
 
 
 def _is_detector(source: str) -> bool:

@@ -23,6 +23,12 @@ EMBEDDED_JOB = {
 SMALL_PRETRAINED = {"learning_rate": 1e-3, "freeze_layers": 3}
 RANDOM_WEIGHTS = {"learning_rate": 1e-3, "layer_decay": 1.0}
 
+# What says how annotated images are read; the shapes that are drawn without any have all this.
+OF_THE_DATASET = (
+    *("format", "dataset_config_name", "class_names", "on_invalid", "validation_fraction", "test_fraction"),
+    *("group_by", "streaming"),
+)
+
 # Views of each image that --cache_frozen keeps unless --num_views says: disk and time to fill it grow with them.
 VIEWS_IN_CACHE = 4
 
@@ -83,6 +89,8 @@ class ModelArguments:
             '\'{"matcher": "max_iou", "box_loss": "smooth_l1"}\'; what `dit-detect check --fit_anchors` writes.'
         },
     )
+    # The options that the command line names, for what is settled by a detector that training goes on with.
+    given: frozenset[str] = field(init=False, default=frozenset())
     dry_run: bool = field(
         default=False,
         metadata={"help": "Load data and model, tell parameters, FLOPs, memory, disk and time, and train nothing."},
@@ -158,7 +166,7 @@ def parse_options(argv: list[str]) -> tuple[ModelArguments, DataArguments, Detec
     parser.set_defaults(
         output_dir="outputs",
         use_cpu=on_cpu,
-        bf16=computes_bf16(on_cpu) and not _names(argv, "--fp16"),
+        bf16=computes_bf16(on_cpu) and not is_on(argv, "--fp16"),
         per_device_train_batch_size=8,
         # On a CPU the workers would take the cores from the model.
         dataloader_num_workers=0 if on_cpu else 4,
@@ -169,6 +177,11 @@ def parse_options(argv: list[str]) -> tuple[ModelArguments, DataArguments, Detec
     if not _names(argv, "--dataset"):
         parser.set_defaults(**EMBEDDED_JOB)
     model_args, data_args, args = parser.parse_args_into_dataclasses(args=argv)
+    model_args.given = frozenset(name for name in vars(model_args) if _names(argv, f"--{name}"))
+    if data_args.dataset is None:
+        for name in OF_THE_DATASET:
+            if _names(argv, f"--{name}"):
+                parser.error(f"--{name} is for --dataset, which is not given: shapes would be drawn.")
     if model_args.model is not None and model_args.random_dit is not None:
         parser.error(f"--random_dit {model_args.random_dit} stands in the place of --model {model_args.model}.")
     if len(model_args.image_size) > 2 or min(model_args.image_size) < 1:
@@ -189,7 +202,11 @@ def parse_options(argv: list[str]) -> tuple[ModelArguments, DataArguments, Detec
         }
         for name in (name for name, value in needs_all.items() if value):
             parser.error(f"--{name} needs to see all images beforehand, and --streaming does not.")
+    if data_args.num_views is not None and data_args.num_views < 1:
+        parser.error(f"--num_views {data_args.num_views} must be 1 or more.")
     if data_args.augmentation == "none":
+        if data_args.num_views not in (None, 1):
+            parser.error(f"--num_views {data_args.num_views}: with --augmentation none all views are the same one.")
         data_args.num_views = 1
     elif data_args.num_views is None and args.cache_frozen:
         data_args.num_views = VIEWS_IN_CACHE
@@ -244,6 +261,15 @@ def read_config_overrides(text: str) -> dict[str, Any]:
 def _names(argv: list[str], option: str) -> bool:
     # With dashes or underscores, as argparse takes them.
     return any(argument.partition("=")[0].replace("-", "_") == option.replace("-", "_") for argument in argv)
+
+
+def is_on(argv: list[str], option: str) -> bool:
+    """Whether a command line sets an option to true: `--fp16`, `--fp16 True` or `--fp16=yes`, not `--fp16 False`."""
+    for place, argument in enumerate(argv):
+        if _names([argument], option):
+            value = argument.partition("=")[2] or "".join(argv[place + 1 : place + 2])
+            return value.lower() not in ("no", "false", "f", "n", "0")  # as HfArgumentParser takes them
+    return False
 
 
 def computes_bf16(on_cpu: bool) -> bool:

@@ -66,6 +66,7 @@ def list_images(sources: Sequence[str], target: Path, leave_out: Path | None = N
 
 
 def _write_list(sources: Sequence[str], target: Path, leave_out: Path | None) -> None:
+    seen: set[str] = set()  # folders and files that are named may lie in one another
     with ArrowWriter(features=FILE_FEATURES, path=str(target), writer_batch_size=10_000) as writer:
         for source in sources:
             found = False
@@ -73,8 +74,13 @@ def _write_list(sources: Sequence[str], target: Path, leave_out: Path | None) ->
             for path in paths:
                 if not is_name(path):
                     raise InvalidDatasetError(f"{os.fsencode(path)!r}: the file name is not UTF-8. Rename it.")
-                writer.write({"image": {"bytes": None, "path": path}})
                 found = True
+                if len(sources) > 1:
+                    place = os.path.abspath(path)
+                    if place in seen:
+                        continue
+                    seen.add(place)
+                writer.write({"image": {"bytes": None, "path": path}})
             if not found:
                 what = "The folder {} holds no images." if os.path.isdir(source) else "There is no file or folder {}."
                 raise InvalidDatasetError(f"{what.format(source)} Check the path.")

@@ -118,7 +118,7 @@ class BatchPredictor:
         errors: list[str | None] = []
         for value in batch[column]:
             try:
-                images.append(read_image(bytes(value)) if column == "bytes" else to_rgb(Image.fromarray(value)))
+                images.append(read_image(bytes(value)) if column == "bytes" else _image_of(value))
                 errors.append(None)
             except (UnreadableImageError, TypeError, ValueError) as error:
                 errors.append(str(error))
@@ -140,3 +140,20 @@ def _column(values: Sequence[Any]) -> np.ndarray:
     column = np.empty(len(values), dtype=object)
     column[:] = values
     return column
+
+
+def _image_of(value: Any) -> Image.Image:
+    """
+    A picture of an array.
+
+    Raises:
+        UnreadableImageError: It is none that can be one.
+    """
+    if not isinstance(value, np.ndarray):
+        raise UnreadableImageError(f"is {type(value).__name__}, not an array. Give uint8 of shape (H, W, 3).")
+    if value.dtype not in (np.uint8, np.uint16) or value.ndim not in (2, 3) or not value.size:
+        raise UnreadableImageError(f"is {value.dtype} of shape {value.shape}. Give uint8 of shape (H, W, 3).")
+    try:
+        return to_rgb(Image.fromarray(value))
+    except (TypeError, ValueError) as error:
+        raise UnreadableImageError(f"is of shape {value.shape}. Give uint8 of shape (H, W, 3).") from error

@@ -161,21 +161,33 @@ def write_predictions(
         raise ValueError(f'format is {format!r}; it must be "json", "coco" or "yolo".')
     # A line is a class: one of two lines would move all that follow.
     _write(folder / "yolo" / "classes.txt", (f"{' '.join(name.splitlines())}\n" for name in class_names))
-    folders = {os.path.dirname(os.path.abspath(prediction["file"])) for prediction in predictions}
-    root = os.path.commonpath(folders) if folders else ""
-    names: dict[str, str] = {}
-    for prediction in predictions:
-        # What is left below the folder of all images leads nowhere else, whatever the name was.
-        name = os.path.splitext(os.path.relpath(os.path.abspath(prediction["file"]), root))[0]
-        if name in names:
-            raise ValueError(
-                f"{names[name]} and {prediction['file']} would have the same YOLO label file, {name}.txt. Rename one, "
-                "or take the format coco."
-            )
-        names[name] = prediction["file"]
+    names = yolo_label_names([prediction["file"] for prediction in predictions])
+    for prediction, name in zip(predictions, names, strict=True):
         if prediction["error"] is None:
             _write(folder / "yolo" / "labels" / f"{name}.txt", [to_yolo(prediction)])
     return folder / "yolo"
+
+
+def yolo_label_names(files: Sequence[str]) -> list[str]:
+    """
+    The label files of images, in their order, below the folder that all images share and without their suffix.
+
+    Raises:
+        ValueError: Two would be the same.
+    """
+    folders = {os.path.dirname(os.path.abspath(file)) for file in files}
+    root = os.path.commonpath(folders) if folders else ""
+    names: dict[str, str] = {}
+    for file in files:
+        # What is left below the folder of all images leads nowhere else, whatever the name was.
+        name = os.path.splitext(os.path.relpath(os.path.abspath(file), root))[0]
+        if name in names:
+            raise ValueError(
+                f"{names[name]} and {file} would have the same YOLO label file, {name}.txt. Rename one, or take the "
+                "format coco."
+            )
+        names[name] = file
+    return list(names)
 
 
 def _listed(values: Any) -> list[Any]:

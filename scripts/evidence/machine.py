@@ -38,6 +38,11 @@ class Machine:
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return cls("cpu", fast, 0)  # workers would take the cores from the model
 
+    @property
+    def clock(self) -> str:
+        """The field of `Spent` by which budgets count."""
+        return "cpu_minutes" if self.device == "cpu" else "minutes"
+
     def describe(self) -> dict[str, Any]:
         """For a record: minutes compare only where this is the same."""
         if self.device == "cuda":
@@ -68,14 +73,10 @@ class Stopwatch:
     def __init__(self) -> None:
         self._clock, self._cpu = time.perf_counter(), time.process_time()
 
-    @property
-    def minutes(self) -> float:
-        """By the clock, so far."""
-        return (time.perf_counter() - self._clock) / 60
-
     def stop(self, passes: int) -> Spent:
-        """What these image passes took."""
-        return Spent(passes, self.minutes, (time.process_time() - self._cpu) / 60)
+        """What these image passes took, so far."""
+        minutes, cpu_minutes = time.perf_counter() - self._clock, time.process_time() - self._cpu
+        return Spent(passes, minutes / 60, cpu_minutes / 60)
 
 
 def versions() -> dict[str, str]:

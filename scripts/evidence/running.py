@@ -53,13 +53,16 @@ class Runner:
         self._trained: tuple[Settings, Detector, Spent] | None = None
 
     def reference_minutes(self, settings: Settings) -> float | None:
-        """What the reference took for the cell of these settings on such a machine; `None` before it has run."""
+        """
+        What the reference took for the cell of these settings on such a machine; `None` before it has run. On a CPU
+        it is the processor's time: a machine that stood still gives nobody more of it.
+        """
         cell = settings_of(REFERENCE_ARM, settings.dataset, settings.fraction, settings.seed)
         cell = replace(cell, passes=settings.passes, canvas=settings.canvas)
         record = self.records.find(cell)
         if record is None or record["hardware"] != self.machine.describe():
             return None
-        return record["spent"]["minutes"]
+        return record["spent"][self.machine.clock]
 
     def is_ready(self, settings: Settings) -> bool:
         """Whether the run's budget is known."""

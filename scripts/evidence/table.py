@@ -54,9 +54,10 @@ def results_table(
         for line in lines
         if line != main
     ]
-    minutes = [
-        [_title(line), *(_mean_minutes(runs.get((line, cell), {}).values()) for cell in cells)] for line in lines
-    ]
+    minutes, cpu_minutes = (
+        [[_title(line), *(_mean(runs.get((line, cell), {}).values(), clock) for cell in cells)] for line in lines]
+        for clock in ("minutes", "cpu_minutes")
+    )
     names = [f"{dataset} {fraction:.0%}" for dataset, fraction in cells]
     used = sum(map(len, runs.values()))
     others = sum(record["settings"]["split"] == "test" for record in records) - used
@@ -65,8 +66,10 @@ def results_table(
         markdown_table(["", *names], scores),
         f"Points that {_letter(MAIN_ARM)} is ahead, mean over the seeds that both have (seeds won : lost):",
         markdown_table(["", *names], gains),
-        "Minutes of training:",
+        "Minutes of training, by the clock:",
         markdown_table(["", *names], minutes),
+        "Minutes of the processor, over all threads:",
+        markdown_table(["", *names], cpu_minutes),
     ]
     machines = Counter(_machine(record) for by_seed in runs.values() for record in by_seed.values())
     if machines:
@@ -85,7 +88,7 @@ def sweep_table(records: Records, plan: Iterable[tuple[str, Settings]], metric: 
     for (option, dataset, fraction), all_seeds in found.items():
         made = [record for record in all_seeds if record is not None]
         values = [[record["metrics"][name] for record in made] for name in (metric, "map_50")]
-        cells = [option, f"{dataset} {fraction:.0%}", *map(_mean_and_spread, values), _mean_minutes(made)]
+        cells = [option, f"{dataset} {fraction:.0%}", *map(_mean_and_spread, values), _mean(made, "minutes")]
         rows.append((-statistics.mean(values[0]) if made else 1.0, cells))
     rows.sort(key=lambda row: row[0])
     return markdown_table(["validation", "data", metric, "map_50", "minutes"], [cells for _, cells in rows])
@@ -143,8 +146,8 @@ def _gain(runs: Runs, main: Line, other: Line, cell: Cell, metric: str) -> str:
     return f"{100 * statistics.mean(gains):+.1f} ({won} : {lost})"
 
 
-def _mean_minutes(made: Iterable[Record]) -> str:
-    minutes = [record["spent"]["minutes"] for record in made]
+def _mean(made: Iterable[Record], clock: str) -> str:
+    minutes = [record["spent"][clock] for record in made]
     return f"{statistics.mean(minutes):.1f}" if minutes else MISSING
 
 

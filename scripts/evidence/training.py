@@ -49,7 +49,7 @@ def train_baseline(
     Args:
         model (`nn.Module`): Gives the loss of a batch.
         dataset ([`DetectionDataset`]): What ours trains on.
-        minutes (`float`, *optional*): By the clock. By default the budget is `settings.passes`.
+        minutes (`float`, *optional*): By `machine.clock`. By default the budget is `settings.passes`.
 
     Raises:
         RuntimeError: The loss is not finite.
@@ -72,7 +72,8 @@ def train_baseline(
     num_steps = max(1, settings.passes // batch_size)
     watch, step = Stopwatch(), 0
     for batch in _endless(loader):
-        share = step / num_steps if minutes is None else watch.minutes / minutes
+        spent = watch.stop(step * batch_size)
+        share = step / num_steps if minutes is None else getattr(spent, machine.clock) / minutes
         if share >= 1 and step > 0:
             break
         for group in optimizer.param_groups:
