@@ -139,8 +139,12 @@ def load_image_processor(source: str | Path, **kwargs: Any) -> Any:
     Raises:
         OSError: If there is none.
     """
-    is_alone = Path(source, ADAPTER_CONFIG_NAME).is_file() and not Path(source, IMAGE_PROCESSOR_NAME).is_file()
-    return AutoImageProcessor.from_pretrained(base_of(source) if is_alone else source, **kwargs)
+    adapter = Path(source, ADAPTER_CONFIG_NAME)
+    if adapter.is_file() and not Path(source, IMAGE_PROCESSOR_NAME).is_file():
+        config = json.loads(adapter.read_text(encoding="utf-8"))
+        source = base_of(source, config.get("base_model_name_or_path") or "")
+        kwargs["revision"] = config.get("revision")
+    return AutoImageProcessor.from_pretrained(source, **kwargs)
 
 
 def base_of(adapter: str | Path, named: str | None = None) -> str:

@@ -110,8 +110,8 @@ def export_torch(model: Any, path: str | Path, *, static_size: tuple[int, int] |
         model ([`DiTForObjectDetection`]): In eval mode.
         path (`str` or `Path`): A `.pt2` file.
         static_size (`tuple[int, int]`, *optional*): (height, width) in pixels, to fix the input to one image of this
-            size. By default any batch, height and width will do; in a `.pt2` both sides must be longer than one cell
-            of the coarsest feature map, `config.strides[-1]` pixels.
+            size. By default any batch, height and width will do; in a `.pt2` both sides must be longer than a token
+            and than a cell of the coarsest feature map: `coarsest_of(config)` pixels.
 
     Raises:
         ValueError: If the model cannot be exported. OSError: If the file cannot be written.

@@ -5,9 +5,9 @@ What this package does, timed in turn with what it is measured against, as one t
     python scripts/benchmark.py --device cuda --json table.json
 
 The first takes under ten minutes on two cores. Each row times two things in turn in one run, A, B, A, B, …, after
-warm-up, and prints medians of wall and CPU time (over all threads), the medians of the ratios of each A to its B
-(above 1: ours is faster; on a busy machine they are steadier than the ratio of the medians), the FLOPs of a call, the
-parameters and the memory that a call needs at its peak. Nothing is downloaded: weights are random.
+warm-up, and prints medians of wall and CPU time (over all threads), the medians of the ratios of each B to its A,
+theirs to ours (above 1: ours is faster; on a busy machine they are steadier than the ratio of the medians), the FLOPs
+of a call, the parameters and the memory that a call needs at its peak. Nothing is downloaded: weights are random.
 """
 
 import argparse

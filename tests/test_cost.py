@@ -79,12 +79,17 @@ def test_nothing_frozen_has_no_cache(tiny_config):
     assert cost.num_trained == cost.num_parameters
 
 
+SINGLY = {"per_device_train_batch_size": 1, "num_train_epochs": 1}
+
+
 @pytest.mark.parametrize(
     ("arguments", "steps"),
     [
         ({"num_train_epochs": 4}, "2 per epoch, 8 in all"),
         ({"num_train_epochs": 4, "dataloader_drop_last": True}, "1 per epoch, 4 in all"),
         ({"max_steps": 5}, "2 per epoch, 5 in all"),
+        ({**SINGLY, "gradient_accumulation_steps": 3}, "2 per epoch, 2 in all"),
+        ({**SINGLY, "gradient_accumulation_steps": 3, "dataloader_drop_last": True}, "2 per epoch, 2 in all"),
     ],
 )
 def test_the_steps_are_those_of_the_run(tiny_model, tmp_path, arguments, steps):

@@ -413,6 +413,7 @@ def test_the_published_dit_is_known_wherever_it_lies(tmp_path, monkeypatch):
     snapshot = tmp_path / "models--facebook--DiT-XL-2-256" / "snapshots" / "eab87f77abd5"
     (snapshot / "transformer").mkdir(parents=True)
     (tmp_path / "DiT-XL-2-512").mkdir()
+    (snapshot / "model_index.json").write_text("{}")
     for place in (snapshot, snapshot / "transformer"):
         assert source_name(place) == "facebook/DiT-XL-2-256"
     # As diffusers loads a pipeline from the Hub: its parts name where they lie.
@@ -420,10 +421,17 @@ def test_the_published_dit_is_known_wherever_it_lies(tmp_path, monkeypatch):
     assert source_name(transformer) == "facebook/DiT-XL-2-256"
     pipeline = SimpleNamespace(config={"_name_or_path": "facebook/DiT-XL-2-256"}, transformer=transformer)
     assert source_name(pipeline) == "facebook/DiT-XL-2-256"
+    # A transformer that was put into another's pipeline has its own licence.
+    pipeline.config = {"_name_or_path": "mine/pipeline"}
+    assert source_name(pipeline) == "facebook/DiT-XL-2-256"
     monkeypatch.chdir(tmp_path / "DiT-XL-2-512")
-    for place in (".", "transformer", "./transformer"):
-        Path("transformer").mkdir(exist_ok=True)
+    Path("transformer").mkdir()
+    assert source_name("transformer") == "transformer"  # of no pipeline: what is above is somebody's folder
+    Path("model_index.json").write_text("{}")
+    for place in (".", "transformer", "./transformer", Path("transformer").absolute()):
         assert source_name(place) == "DiT-XL-2-512"
+    Path("small-dit").mkdir()  # a folder of that name says nothing of what lies in it
+    assert source_name(Path("small-dit").absolute()) == source_name("small-dit") == "small-dit"
 
 
 def as_pickle(folder):
@@ -437,11 +445,13 @@ DAMAGE = {
     f"{WEIGHTS}.safetensors is a pointer of git-lfs": lambda folder: (folder / f"{WEIGHTS}.safetensors").write_text(
         "version https://git-lfs.github.com/spec/v1\n"
     ),
-    f"{WEIGHTS}.safetensors is damaged": lambda folder: (folder / f"{WEIGHTS}.safetensors").write_bytes(b"\xff" * 40),
+    f"{WEIGHTS}.safetensors cannot be read": lambda folder: (folder / f"{WEIGHTS}.safetensors").write_bytes(
+        b"\xff" * 40
+    ),
     f"{WEIGHTS}.safetensors has weights in F8_E4M3; F16, BF16": lambda folder: save_file(
         {"a": torch.zeros(2).to(torch.float8_e4m3fn)}, folder / f"{WEIGHTS}.safetensors"
     ),
-    f"{WEIGHTS}.bin is damaged": as_pickle,
+    f"{WEIGHTS}.bin cannot be read": as_pickle,
 }
 
 

@@ -313,6 +313,11 @@ def test_the_folder_that_one_is_in_has_a_name(tmp_path, monkeypatch):
     (tmp_path / "my-detector").mkdir()
     monkeypatch.chdir(tmp_path / "my-detector")
     assert full_data(adapter_of=".").adapter_of == "my-detector"
+    assert full_data(adapter_of="../..").adapter_of == tmp_path.parent.name
+    (tmp_path / "DiT-XL-2-256-pets").mkdir()
+    monkeypatch.chdir(tmp_path / "DiT-XL-2-256-pets")
+    own = full_data(base_model="small-dit")
+    assert (own.base_model, own.license) == ("small-dit", None)  # whatever folder we are in
 
 
 def test_names_of_splits_stay_in_their_cells():

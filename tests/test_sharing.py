@@ -192,6 +192,7 @@ def test_an_adapter_whose_base_is_of_this_machine(adapter, base, tmp_path, monke
 def test_an_adapter_of_the_published_dit_has_its_licence(adapter):
     (adapter / "base").mkdir()
     (adapter / "base" / "config.json").write_text('{"base_model": "facebook/DiT-XL-2-512"}')
+    rewrite(adapter / "adapter_config.json", base_model_name_or_path="someone/base-on-the-hub")
     plan = upload_plan(adapter)
     assert ModelCard(plan["README.md"].decode()).data.license == "cc-by-nc-4.0"
     assert not any(name.startswith("base") for name in plan)
@@ -211,7 +212,7 @@ def test_an_adapter_has_the_licence_of_the_base_that_it_names(adapter, tmp_path)
 def test_results_of_other_classes_are_not_shared(folder):
     write_card(folder, metrics={"map": 0.63})
     rewrite(folder / "config.json", id2label={"0": "dog"})
-    with pytest.raises(ValueError, match=r"model_card.json is of a detector of other classes than config.json"):
+    with pytest.raises(ValueError, match=r"model_card.json has other classes than config.json"):
         upload_plan(folder, repo_id=REPO)
 
 

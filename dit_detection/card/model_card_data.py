@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +40,7 @@ class DetectionModelCardData:
         config (`PreTrainedConfig` or `Mapping`): Of the model; `id2label` is needed, `timestep` is used.
         repo_id (`str`, *optional*): Of the model on the Hub, for the examples; `model_name` by default.
         base_model (`str`, *optional*): The DiT checkpoint that was fine-tuned: Hub id, or local path, of which only
-            the last part is kept.
+            the part that tells what it is is kept.
         adapter_of (`str`, *optional*): The detector that these weights are a LoRA adapter of: Hub id or name.
         has_code (`bool`, defaults to `True`): Whether the model's own code lies beside the weights.
         tags (`Sequence[str]`): More tags for the Hub.
@@ -193,7 +192,7 @@ def _without_folders(model: str | None) -> str | None:
     """A Hub id as it is; of a local path, of which the rest is nobody's business, the part that tells what it is."""
     if model is None or (is_hub_id(model) and not Path(model).exists()):
         return model
-    parts = Path(os.path.abspath(model)).parts  # "." has none
+    parts = [part for part in Path(model).parts if part != ".."] or [Path(model).resolve().name]
     return next((part for part in reversed(parts) if PUBLISHED_DIT.search(part)), parts[-1])
 
 

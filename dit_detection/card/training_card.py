@@ -308,7 +308,7 @@ def _trained_parts(model: Any) -> dict[str, str]:
 def hardware_of(args: TrainingArguments) -> str:
     """What a training with these arguments runs on, all processes together."""
     if args.device.type == "cuda":
-        return f"{max(1, args.n_gpu) * args.world_size} x {torch.cuda.get_device_name(args.device)}"
+        return f"{args.world_size} x {torch.cuda.get_device_name(args.device)}"
     processes = "" if args.world_size == 1 else f", {args.world_size} processes"
     if args.device.type != "cpu":
         return f"{platform.machine()} {args.device.type}{processes}"

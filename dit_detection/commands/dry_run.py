@@ -46,10 +46,9 @@ def describe_cost(
     if args.cache_frozen and not cost.cache_bytes:
         raise ValueError("--cache_frozen: nothing of this model is frozen that could be cached. Add --freeze_layers.")
     # Of several GPUs in one process training takes one.
-    images_per_step = batch_size * args.world_size * args.gradient_accumulation_steps
-    steps_per_epoch = (
-        max(1, num_drawn // images_per_step) if args.dataloader_drop_last else -(-num_drawn // images_per_step)
-    )
+    per_batch = batch_size * args.world_size
+    batches = num_drawn // per_batch if args.dataloader_drop_last else -(-num_drawn // per_batch)
+    steps_per_epoch = max(1, -(-batches // args.gradient_accumulation_steps))
     averages = 0 if args.ema_decay is None else EMA_BYTES * cost.num_trained
     epochs = args.num_train_epochs if args.max_steps < 0 else args.max_steps / steps_per_epoch
     frozen = ["the latent encoder"] * (model.model.latent_encoder is not None)

@@ -301,7 +301,8 @@ def _refuse_what_is_settled(
     """A detector that training goes on with has its DiT, folded into its weights, and its canvas."""
     check_overrides(overrides)
     size = model_args.image_size
-    given = {f"--{name} {getattr(model_args, name)}" for name in model_args.given & {"vae", "family"}}
+    given = {f"--vae {model_args.vae}"} if model_args.vae != "auto" else set()
+    given |= {f"--family {model_args.family}"} if model_args.family is not None else set()
     if "image_size" in model_args.given and (size[0], size[-1]) != canvas:
         given.add(f"--image_size {size}")
     for name in ("timestep", "condition"):

@@ -72,25 +72,29 @@ def load_dit(
 
 def source_name(source: Any) -> str | None:
     """
-    The Hub id of a source, or of what a folder's model card says that it was made from, licence and all; or the part
-    of its path that tells what it is: paths of this machine are nobody else's business.
+    The Hub id of a source, or of what a folder's model card says that it was made from, licence and all; or the name
+    of its folder: paths of this machine are nobody else's business.
     """
     if not isinstance(source, str | os.PathLike):
-        configs = [getattr(part, "config", None) or {} for part in (source, getattr(source, "transformer", None))]
+        # Of a pipeline the transformer says where its weights are from: it may be another's.
+        parts = (getattr(source, "transformer", None), source)
+        configs = [getattr(part, "config", None) or {} for part in parts]
         source = next((name for config in configs if (name := config.get("_name_or_path"))), "")
     name = os.fspath(source)
     is_hub_id = name.count("/") == 1 and not name.startswith(("/", ".")) and not os.path.exists(name)
     if not name or is_hub_id:
         return name or None
-    folder = Path(os.path.abspath(name))  # "." has no name
-    if folder.name == "transformer":
-        folder = folder.parent
+    folder = Path(name)
+    if folder.name in ("", ".."):
+        folder = folder.resolve()
+    if folder.name == "transformer" and (folder.parent / "model_index.json").is_file():
+        folder = folder.parent.resolve()
     if made_from := _made_from(folder / "README.md"):
         return made_from
-    named = (part for part in reversed(folder.parts) if PUBLISHED_DIT.search(part) or part.startswith("models--"))
-    part = next(named, folder.name)
-    # In the Hub's cache a folder above the commit has the id.
-    return "/".join(part.split("--")[1:]) if part.startswith("models--") else part
+    repository, snapshots = ("", "", *folder.parts)[-3:-1]
+    if snapshots == "snapshots" and repository.startswith("models--"):  # in the Hub's cache
+        return "/".join(repository.split("--")[1:])
+    return folder.name
 
 
 def _made_from(card: Path) -> str | None:
@@ -255,7 +259,7 @@ def _dtypes_in(file: Path) -> set[torch.dtype]:
         with safe_open(file, framework="pt") as weights:
             found = {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118
     except Exception as error:  # a broken file raises whatever its reader raises
-        raise ValueError(f"{file.name} is damaged ({unpickling_reason(error)}). Download it again.") from None
+        raise ValueError(f"{file.name} cannot be read ({unpickling_reason(error)}). Download it again.") from None
     if others := found - names.keys():
         raise ValueError(f"{file.name} has weights in {', '.join(sorted(others))}; {', '.join(names)} are supported.")
     return {names[name] for name in found}

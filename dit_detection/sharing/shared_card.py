@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from yaml import YAMLError
 
-from ..adapters import base_of
+from ..adapters import BASE, base_of
 from ..card.model_card import DetectionModelCardData, create_model_card
 from .shared_files import CARD_DATA_NAME, CARD_NAME, read_json
 
@@ -31,8 +31,9 @@ def card_changes(
         ValueError: If the front matter cannot be read, or claims another licence than the weights have.
     """
     config = read_json(folder / CONFIG_NAME)
-    if not config and (base := read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")):
-        config = read_json(Path(base_of(folder, base)) / CONFIG_NAME)
+    if not config and (named := read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")):
+        config = read_json(Path(base_of(folder, named)) / CONFIG_NAME)
+    config = config or read_json(folder / BASE / CONFIG_NAME)
     known = DetectionModelCardData(
         model_name=repo_id.split("/")[-1],
         config={"id2label": {}, **config},
@@ -42,8 +43,8 @@ def card_changes(
     data = _saved_state(folder) if has_card else known
     if data is not None and known.id2label and data.id2label != known.id2label:
         raise ValueError(
-            f"{folder / CARD_DATA_NAME} is of a detector of other classes than {CONFIG_NAME}. Delete it and "
-            f"{CARD_NAME}."
+            f"{folder / CARD_DATA_NAME} has other classes than {CONFIG_NAME}. If they were renamed, rename them "
+            f"there, too; if it is of another detector, delete it and {CARD_NAME}."
         )
     if data is None:
         card = _read_card(path)

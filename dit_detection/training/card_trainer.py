@@ -78,13 +78,16 @@ class CardTrainer(SharingTrainer):
         super().log(logs, start_time)
 
     def log_metrics(self, split: str, metrics: dict[str, float]) -> None:
-        """As `Trainer.log_metrics`, which takes what has "_mem_" in its name for bytes: classes may be called so."""
+        """
+        Print metrics as they are. (`Trainer.log_metrics` takes what has "_mem_" in its name for bytes, and "_runtime"
+        for seconds: classes may be called so.)
+        """
         if not self.is_world_process_zero():
             return
         shown = {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in metrics.items()}
         widths = [max(map(len, texts), default=0) for texts in (shown.keys(), shown.values())]
         lines = (f"\n  {name:<{widths[0]}} = {shown[name]:>{widths[1]}}" for name in sorted(shown))
-        print(f"***** {split} metrics *****{''.join(lines)}")  # noqa: T201 (as Trainer does)
+        print(f"***** {split} metrics *****{''.join(lines)}")  # noqa: T201 (as it does)
 
     def evaluate(
         self,

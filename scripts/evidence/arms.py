@@ -159,4 +159,4 @@ def train_detector(
     )
     watch = Stopwatch()
     trainer.train()
-    return watch.stop(trainer.state.global_step * batch_size)
+    return watch.spent(trainer.state.global_step * batch_size)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dit_detection.pretraining.image_sources import draw_training_images, list_training_images
 from dit_detection.pretraining.image_views import CentreCrops, DecodedImages, RandomCrops
 
-# Pixels that are averaged into one cell, per side, with 4 channels each: 12 times fewer numbers than pixels have.
+# A cell is 4 x 4 pixels and has 4 channels: 12 times fewer numbers than the pixels.
 NETWORK = {
     "encoder_block_out_channels": (32, 32, 32),
     "num_encoder_blocks": (0, 1, 2),

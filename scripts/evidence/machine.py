@@ -73,7 +73,7 @@ class Stopwatch:
     def __init__(self) -> None:
         self._clock, self._cpu = time.perf_counter(), time.process_time()
 
-    def stop(self, passes: int) -> Spent:
+    def spent(self, passes: int) -> Spent:
         """What these image passes took, so far."""
         minutes, cpu_minutes = time.perf_counter() - self._clock, time.process_time() - self._cpu
         return Spent(passes, minutes / 60, cpu_minutes / 60)

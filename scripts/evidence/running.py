@@ -52,7 +52,7 @@ class Runner:
         self._splits: tuple[str, Any] = ("", None)
         self._trained: tuple[Settings, Detector, Spent] | None = None
 
-    def reference_minutes(self, settings: Settings) -> float | None:
+    def reference_budget(self, settings: Settings) -> float | None:
         """
         What the reference took for the cell of these settings on such a machine; `None` before it has run. On a CPU
         it is the processor's time: a machine that stood still gives nobody more of it.
@@ -66,7 +66,7 @@ class Runner:
 
     def is_ready(self, settings: Settings) -> bool:
         """Whether the run's budget is known."""
-        return settings.budget == "passes" or self.reference_minutes(settings) is not None
+        return settings.budget == "passes" or self.reference_budget(settings) is not None
 
     def run(self, settings: Settings) -> Record:
         """Train and evaluate; the record is not kept yet."""
@@ -100,7 +100,7 @@ class Runner:
         arm = ARMS[settings.arm]
         if arm.is_baseline:
             model = make_baseline(settings, len(id2label_of(rows)))
-            minutes = self.reference_minutes(settings) if settings.budget == "minutes" else None
+            minutes = self.reference_budget(settings) if settings.budget == "minutes" else None
             return model, train_baseline(model, training_images(rows, settings), settings, self.machine, minutes)
         pretrained = None if arm.pretrained is None else self.pretrained[arm.pretrained, settings.dataset]
         detector = build_detector(rows, settings, pretrained, folder)

@@ -86,7 +86,8 @@ class Settings:
         arm (`str`): A key of `ARMS`.
         dataset (`str`), fraction (`float`), seed (`int`): Which images; the seed also draws weights, order and views.
         split (`str`): What is evaluated, once, with the last weights: `"test"`, or `"validation"` for a choice.
-        budget (`str`): `"passes"`, or `"minutes"`: those that `REFERENCE_ARM` took for the same cell.
+        budget (`str`): `"passes"`, or `"minutes"`: those that `REFERENCE_ARM` took for the same cell, on a CPU the
+            processor's.
         passes (`int`): Images that pass through the model in training (with `"minutes"`: through the reference's).
         canvas (`tuple[int, int]`): Height and width, pixels.
         augmentation (`dict`): Of `DetectionAugmentation`.

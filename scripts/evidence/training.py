@@ -72,7 +72,7 @@ def train_baseline(
     num_steps = max(1, settings.passes // batch_size)
     watch, step = Stopwatch(), 0
     for batch in _endless(loader):
-        spent = watch.stop(step * batch_size)
+        spent = watch.spent(step * batch_size)
         share = step / num_steps if minutes is None else getattr(spent, machine.clock) / minutes
         if share >= 1 and step > 0:
             break
@@ -93,7 +93,7 @@ def train_baseline(
             update_averages(averages, model, min(settings.ema_decay, (1 + step) / (10 + step)))
     if averages is not None:
         model.load_state_dict(averages.state_dict())
-    return watch.stop(step * batch_size)
+    return watch.spent(step * batch_size)
 
 
 def _endless(loader: DataLoader) -> Iterator[dict[str, Any]]:
