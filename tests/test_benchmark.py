@@ -95,6 +95,7 @@ def test_sides_run_in_turn_and_the_table_says_what_was_measured():
     assert {"cpu", "cores", "threads", "torch"} <= table["machine"].keys()
 
 
+@pytest.mark.slow
 def test_the_script_prints_and_saves_the_table(monkeypatch, capsys, tmp_path):
     table = tmp_path / "table.json"
     script = str(ROOT / "scripts" / "benchmark.py")

@@ -74,6 +74,7 @@ def test_the_trainer_alone_writes_the_whole_card(make_trainer, dataset, tmp_path
         assert (name in card.text) == (tmp_path / name).is_file()
 
 
+@pytest.mark.slow
 def test_the_threshold_is_chosen_by_what_the_best_weights_find_in_the_validation_images(
     make_trainer, dataset, tmp_path, monkeypatch
 ):

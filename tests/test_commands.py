@@ -119,6 +119,7 @@ def test_training_on_a_stream(coco_set, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_was_set_aside_from_a_stream_can_be_evaluated_again(tmp_path):
     (tmp_path / "set").mkdir()
     draw_shapes_dataset(12, 0, 0, image_size=64)["train"].to_parquet(tmp_path / "set" / "train.parquet")
@@ -170,6 +171,7 @@ def test_predict_writes_boxes_and_pictures(trained, coco_set, tmp_path):
         assert 0 <= left <= right <= 30 and 0 <= top <= bottom <= 50
 
 
+@pytest.mark.slow
 def test_a_held_out_file_is_measured_whole(trained, coco_set, tmp_path, monkeypatch):
     measured = []
     monkeypatch.setattr(

@@ -82,6 +82,7 @@ def test_nothing_frozen_has_no_cache(tiny_config):
 SINGLY = {"per_device_train_batch_size": 1, "num_train_epochs": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "steps"),
     [

@@ -51,6 +51,7 @@ def test_evaluations_drop_no_image(make_trainer):
     assert trainer.args.dataloader_drop_last
 
 
+@pytest.mark.slow
 def test_data_sets_may_be_assigned_later(make_trainer, dataset):
     trainer = make_trainer(cache_frozen=True, repeat_factor_threshold=0.9)
     trainer.model.freeze_backbone()

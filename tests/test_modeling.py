@@ -478,6 +478,7 @@ def test_half_precision(tiny_model, random_labels, dtype, overrides):
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph(tiny_model):
     model = tiny_model(max_candidates=50)
     with torch.no_grad():

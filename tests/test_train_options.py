@@ -140,6 +140,7 @@ def test_one_precision_alone_is_the_one_that_is_named(tmp_path, monkeypatch):
         assert (args.fp16, args.bf16) == (fp16, bf16)
 
 
+@pytest.mark.slow
 def test_class_weights_stay_with_their_classes(tiny_model, coco_set, tmp_path):
     """A detector that was trained with weights goes on with them; for other classes it has none."""
     weights = [1.0, 2.0, 0.5, 1.0, 1.5]

@@ -166,6 +166,7 @@ def test_trains_keeps_the_best_and_writes_its_card(make_trainer, tmp_path):
     assert "shapes of the test" in card
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_anchors_of_its_checkpoint(tiny_model, dataset, tmp_path, caplog):
     fields = label_fields(dataset)
     anchors = {"anchor_sizes": [[9.0], [21.0], [47.0]], "aspect_ratios": [0.8]}
