@@ -182,6 +182,7 @@ def test_a_card_that_cannot_be_written_does_not_end_training(make_trainer, hub, 
 
 def test_the_card_takes_the_names_of_the_trainer_and_refuses_others(make_trainer, tmp_path):
     trainer = make_trainer()
+    trainer.state.global_step = 1  # as if it had been trained
     trainer.create_model_card(finetuned_from="someone/dit", dataset="Cells")
     card = (tmp_path / "my run" / "README.md").read_text()
     assert "someone/dit" in card and "Cells" in card
