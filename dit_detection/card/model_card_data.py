@@ -39,8 +39,8 @@ class DetectionModelCardData:
         model_name (`str`): What the card calls the model.
         config (`PreTrainedConfig` or `Mapping`): Of the model; `id2label` is needed, `timestep` is used.
         repo_id (`str`, *optional*): Of the model on the Hub, for the examples; `model_name` by default.
-        base_model (`str`, *optional*): The DiT checkpoint that was fine-tuned: Hub id, or local path, of which only
-            the part that tells what it is is kept.
+        base_model (`str`, *optional*): The DiT checkpoint that was fine-tuned: Hub id, or local path, of which the
+            part that names the published DiT is kept, or else the last.
         adapter_of (`str`, *optional*): The detector that these weights are a LoRA adapter of: Hub id or name.
         has_code (`bool`, defaults to `True`): Whether the model's own code lies beside the weights.
         tags (`Sequence[str]`): More tags for the Hub.
