@@ -234,11 +234,11 @@ def other_processor(folder, tmp_path):
         (["--threshold", "0.4"], "threshold was 0.3 and is now 0.4"),
         (["--nms_threshold", "0.5"], "nms_threshold was null and is now 0.5"),
         (["--shard_size", "4"], "shard_size was 3 and is now 4"),
-        (other_weights, "checkpoint was "),
-        (other_processor, "image_processor was "),
+        (other_weights, "the checkpoint is another one"),
+        (other_processor, "image_processor.max_detections was 5 and is now 6"),
         ("add", "number of images was 11 and is now 12"),
         ("remove", "number of images was 11 and is now 10"),
-        ("rename", "list of images was "),
+        ("rename", "the list of images is another one"),
     ],
 )
 def test_changed_settings_are_refused_by_name(run, checkpoint, images, tmp_path, change, message):

@@ -33,6 +33,8 @@ SCHEMA = pa.schema(
     }
 )
 
+# Settings that stand in the manifest as a digest, which says nothing to a reader.
+DIGESTS = ("checkpoint", "list of images")
 # What a run writes beside its manifest.
 OUTPUTS = ("shards", "pictures", "predictions.json", "coco.json", "yolo")
 
@@ -76,14 +78,10 @@ class PredictionShards:
                     else f"{self.manifest_file} is damaged. Begin anew with --overwrite, or name another --output_dir."
                 )
         if before is not None:
-            changes = {
-                name: f"{name} was {_short(before.get(name))} and is now {_short(value)}"
-                for name, value in settings.items()
-                if before.get(name) != value
-            }
+            changes = [name for name, value in settings.items() if before.get(name) != value]
             if changes:
-                told = "; ".join(changes.values())
-                only_pictures = list(changes) == ["pictures"]
+                told = "; ".join(_change(name, before.get(name), settings[name]) for name in changes)
+                only_pictures = changes == ["pictures"]
                 remedy = f"Ask for no pictures (--no_pictures). Or: {_REMEDY}" if only_pictures else _REMEDY
                 raise SettingsChangedError(f"{self.folder} holds predictions made otherwise: {told}. {remedy}")
         (self.folder / "shards").mkdir(parents=True, exist_ok=True)
@@ -169,8 +167,14 @@ class PredictionShards:
 _REMEDY = "Name another --output_dir, or throw them away with --overwrite."
 
 
-def _short(value: Any) -> str:
-    return f"{json.dumps(value):.80}"
+def _change(name: str, before: Any, now: Any) -> str:
+    """In words, what is different about a setting."""
+    if name in DIGESTS:
+        return f"the {name} is another one"
+    if isinstance(before, dict) and isinstance(now, dict):
+        fields = sorted(field for field in before | now if before.get(field) != now.get(field))
+        return "; ".join(_change(f"{name}.{field}", before.get(field), now.get(field)) for field in fields)
+    return f"{name} was {json.dumps(before):.80} and is now {json.dumps(now):.80}"
 
 
 def _is_whole(shard: Path) -> bool:
