@@ -193,3 +193,26 @@ def test_damage_at_random_is_an_image_or_an_error(image_format):
             assert found.mode == "RGB" and min(found.size) > 0
             outcomes.add("image")
     assert "error" in outcomes
+
+
+def exif_with(*tags):
+    """An EXIF block of these entries: (tag, type, count, value of four bytes)."""
+    entries = b"".join(struct.pack("<HHI4s", tag, kind, count, value) for tag, kind, count, value in tags)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(
+    "odd_tag",
+    [
+        (0x0213, 1, 1, b"\1"),  # YCbCrPositioning as a byte
+        (0x0128, 2, 2, b"2\0"),  # ResolutionUnit as text
+        (0x011A, 2, 3, b"72\0"),  # XResolution as text
+    ],
+)
+def test_an_odd_tag_beside_the_orientation_does_no_harm(odd_tag):
+    sideways = exif_with((0x0112, 3, 1, struct.pack("<H", 6)), odd_tag)
+    data = encode(colours(), "JPEG", exif=sideways)
+    plain = np.asarray(Image.open(io.BytesIO(data)))
+    for found in (read_image(data), decode_image({"bytes": data, "path": None}, 30, 40)):
+        assert np.array_equal(found, np.rot90(plain, -1))
+        assert found.getexif().get(0x0112, 1) == 1, "who reads it next would turn it again"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 # What Pillow raises on files that are damaged (`RuntimeError`: AVIF), no image, or as large as an attack.
@@ -31,7 +31,17 @@ FORMATS: list[str] = [
 MAX_PIXELS = 50_000_000  # of an image from a stranger: 150 MB as RGB; the largest of common cameras
 
 ORIENTATION_TAG = 0x0112
-SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+# What undoes each EXIF orientation but 1, and those that exchange width and height.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = (5, 6, 7, 8)
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
@@ -40,6 +50,22 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     if isinstance(image, TiffImageFile):  # its size is the upright one already, depending on the version of Pillow
         width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
     return (height, width) if image.getexif().get(ORIENTATION_TAG) in SIDEWAYS else (width, height)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """
+    The image with its EXIF orientation applied, loaded; itself where there is none.
+
+    `ImageOps.exif_transpose` writes all of the EXIF anew as well, and so fails on tags that a camera wrote oddly.
+    """
+    image.load()  # a TIFF is upright afterwards, and its orientation is gone
+    turn = TURNS.get(image.getexif().get(ORIENTATION_TAG))
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    for key in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):
+        turned.info.pop(key, None)  # who reads it next would turn it again
+    return turned
 
 
 def open_encoded(encoded: dict[str, Any]) -> Image.Image:
@@ -72,8 +98,7 @@ def read_image(source: bytes | str | os.PathLike, max_pixels: int | None = MAX_P
                 raise UnreadableImageError(
                     f"has {width} x {height} pixels, more than the {max_pixels:,} that are allowed. Make it smaller."
                 )
-            ImageOps.exif_transpose(image, in_place=True)  # loads it; a copy would double the memory
-            return to_rgb(image)
+            return to_rgb(upright(image))
     except UnreadableImageError:
         raise
     except UnidentifiedImageError as error:
@@ -104,11 +129,11 @@ def decode_image(encoded: dict[str, Any], width: int, height: int) -> Image.Imag
     """
     with open_encoded(encoded) as image:
         if upright_size(image) == (width, height):
-            return ImageOps.exif_transpose(image)
+            return upright(image)
         if image.size != (width, height):
             raise ValueError(f"it is {image.size[0]} x {image.size[1]} pixels, but annotated as {width} x {height}")
         image.load()
-        return image.copy()
+        return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
