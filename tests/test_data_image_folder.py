@@ -119,6 +119,31 @@ def test_row_without_a_box_is_an_image_without_objects(tmp_path: Path) -> None:
     assert objects_of(load_detection_dataset(tmp_path)["train"]) == {"a.png": [], "b.png": [("dog", [1, 2, 10, 8])]}
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("objects", [{"objects": None}, {}])
+def test_nothing_for_objects_is_an_image_without_them(tmp_path: Path, suffix: str, objects: dict) -> None:
+    write_images(tmp_path)
+    found = {"bbox": [[1, 2, 10, 8]], "label": ["dog"]}
+    rows = [{"file_name": "a.png"} | objects, {"file_name": "b.png", "objects": found}]
+    file = tmp_path / f"metadata.{suffix}"
+    if suffix == "jsonl":
+        write_text(file, "\n".join(map(json.dumps, rows)))
+    elif suffix == "csv":
+        quoted = json.dumps(found).replace('"', '""')
+        write_text(file, f'file_name,objects\na.png,\nb.png,"{quoted}"\n')
+    else:
+        pq.write_table(pa.Table.from_pylist(rows[::-1]), file)
+    assert objects_of(load_detection_dataset(tmp_path)["train"]) == {"a.png": [], "b.png": [("dog", [1, 2, 10, 8])]}
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])  # Excel's
+def test_a_table_in_another_encoding_is_told_of(tmp_path: Path, encoding: str) -> None:
+    write_images(tmp_path)
+    (tmp_path / "annotations.csv").write_bytes(f"{CORNERS}a.png,1,2,11,10,Blutkörperchen\n".encode(encoding))
+    with pytest.raises(InvalidDatasetError, match=r"annotations.csv: is not UTF-8 text .*save it as UTF-8"):
+        load_detection_dataset(tmp_path)
+
+
 @pytest.mark.parametrize(("listed", "argument"), [("cat\ndog\nfox\n", None), ("", ["cat", "dog", "fox"])])
 def test_classes_as_integers(tmp_path: Path, listed: str, argument: list[str] | None) -> None:
     write_images(tmp_path)

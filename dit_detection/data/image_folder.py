@@ -17,6 +17,7 @@ from .tables import FILE_COLUMNS, Row, csv_header, read_table
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 LABEL_COLUMNS = ("label", "class", "class_name", "category", "category_name", "name", "categories", "labels")
 SPLIT_COLUMNS = ("split", "set", "subset")
+NO_OBJECT_COLUMNS = {*FILE_COLUMNS, *SPLIT_COLUMNS, "image_id", "width", "height", "image_width", "image_height"}
 CORNERS = (
     ("xmin", "ymin", "xmax", "ymax"),
     ("x_min", "y_min", "x_max", "y_max"),
@@ -47,7 +48,8 @@ def read_image_folder(
 
     A row is an image with a column `objects` (`bbox` xywh in pixels and `category`, as lists or as a list of objects,
     or as JSON text), or an object with columns such as `xmin, ymin, xmax, ymax` or `x, y, width, height` in pixels and
-    `label`; without a box, it is an image without objects. The split is told by the table's folder or name, a column
+    `label`; with nothing in these columns, or with a name and no other columns than `NO_OBJECT_COLUMNS`, it is an
+    image without objects. The split is told by the table's folder or name, a column
     `split`, or a folder in the file names. Images are numbered in the order of their names.
 
     Args:
@@ -151,15 +153,15 @@ def _add_row(
     if "objects" in row and not is_new:
         problems.add("image listed twice", where, f'field "file_name" is {name!r:.80} again')
     elif "objects" in row:
-        objects = _objects_of(row["objects"])
+        objects = {} if row["objects"] in (None, "") else _objects_of(row["objects"])
         if objects is None:
             problems.add("unusable object", where, f'field "objects" is {row["objects"]!r:.100}')
         entry["objects"] = objects or entry["objects"]
-    elif box_columns is None:
+    elif box_columns is None and set(row) - {*NO_OBJECT_COLUMNS, group_by}:
         what = f"no box: there are the columns {', '.join(map(str, row))}"
         problems.add("unusable object", where, f"{what:.200}")
-    elif any(row[column] not in (None, "") for column in box_columns):
-        entry["objects"]["bbox"].append(_box_of(row, box_columns))
+    elif any(row[column] not in (None, "") for column in box_columns or ()):
+        entry["objects"]["bbox"].append(_box_of(row, box_columns))  # type: ignore[arg-type]
         label = next((row[column] for column in LABEL_COLUMNS if row.get(column) not in (None, "")), None)
         entry["objects"]["category"].append(label)
 

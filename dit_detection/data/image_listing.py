@@ -32,12 +32,14 @@ def is_dataset(source: str) -> bool:
 
 def find_images(folder: str | Path, leave_out: Path | None = None) -> Iterator[str]:
     """
-    Paths of the images in and below a folder, in the order of their names; links to folders are not followed, and the
-    folder `leave_out` is.
+    Paths of the images in and below a folder, in the order of their names. Left out are the folder `leave_out`, links
+    to folders, and names that begin with a dot, as `list_files` does.
     """
     with os.scandir(folder) as entries:
         ordered = sorted(entries, key=lambda entry: entry.name)
     for entry in ordered:
+        if entry.name.startswith("."):
+            continue
         if entry.is_dir(follow_symlinks=False):
             if leave_out is None or not (leave_out.is_dir() and os.path.samefile(entry.path, leave_out)):
                 yield from find_images(entry.path, leave_out)

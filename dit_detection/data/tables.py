@@ -1,5 +1,6 @@
 """Rows of a table of annotations: CSV with a header, JSON lines or parquet."""
 
+import codecs
 import csv
 import io
 import json
@@ -21,7 +22,8 @@ Row = dict[str, Any]  # values by column, and under "where" the words that name 
 def csv_header(file: Path) -> set[str]:
     """The columns that the first line of a CSV file names, in lower case; empty if it cannot be read."""
     try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
+        # What is not UTF-8, here or below, is for `read_table` to say.
+        with file.open(encoding="utf-16" if _is_utf16(file) else "utf-8-sig", errors="replace", newline="") as stream:
             line = stream.readline(10_000)
             return {name.strip().lower() for name in next(csv.reader([line], delimiter=_delimiter(line)), [])}
     except (OSError, ValueError, csv.Error):
@@ -90,6 +92,12 @@ def _check_columns(columns: list[str], file: Path) -> None:
             f"{file}: no column names the image; the first row has {', '.join(columns)!r:.200}. Put a header first, "
             "as file_name,xmin,ymin,xmax,ymax,label."
         )
+
+
+def _is_utf16(file: Path) -> bool:
+    """Whether a file begins with the byte order mark of Excel's "Unicode text"."""
+    with file.open("rb") as stream:
+        return stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def _delimiter(header: str) -> str:
