@@ -140,7 +140,7 @@ def test_nothing_for_objects_is_an_image_without_them(tmp_path: Path, suffix: st
 def test_a_table_in_another_encoding_is_told_of(tmp_path: Path, encoding: str) -> None:
     write_images(tmp_path)
     (tmp_path / "annotations.csv").write_bytes(f"{CORNERS}a.png,1,2,11,10,Blutkörperchen\n".encode(encoding))
-    with pytest.raises(InvalidDatasetError, match=r"annotations.csv: is not UTF-8 text .*save it as UTF-8"):
+    with pytest.raises(InvalidDatasetError, match=r"annotations.csv is not UTF-8 text .*save it as UTF-8"):
         load_detection_dataset(tmp_path)
 
 

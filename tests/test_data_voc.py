@@ -55,6 +55,7 @@ def test_bccd_has_the_same_boxes_as_voc_and_as_coco() -> None:
         ("valid", "valid", "validation"),
         ("test/Annotations", "test/images", "test"),
         ("Annotations/val", "JPEGImages/val", "validation"),
+        ("labels", "data", "train"),  # FiftyOne
     ],
 )
 def test_layouts(tmp_path: Path, annotations: str, images: str, split: str) -> None:
@@ -91,6 +92,35 @@ def test_list_that_is_alone_is_train_in_its_order(tmp_path: Path, name: str) -> 
     dataset = load_detection_dataset(tmp_path)
     assert list(dataset) == ["train"]
     assert list(objects_of(dataset["train"])) == ["b.png", "a.png"]
+
+
+@pytest.mark.parametrize(
+    ("lists", "line"),
+    [
+        ("ImageSets/{}.txt", "{}"),
+        ("ImageSets/Segmentation/{}.txt", "{}"),
+        ("{}.txt", "{}"),
+        ("{}.txt", "./JPEGImages/{0}.png ./Annotations/{0}.xml"),  # PaddleDetection
+        ("{}_list.txt", "JPEGImages/{0}.png Annotations/{0}.xml"),  # PaddleX
+        ("{}.txt", "/data/VOC/JPEGImages/{}.png"),
+    ],
+)
+def test_lists_in_other_places(tmp_path: Path, lists: str, line: str) -> None:
+    write_voc(tmp_path)
+    for split, name in {"train": "a", "val": "b"}.items():
+        write_text(tmp_path / lists.format(split), line.format(name) + "\n")
+    splits = {split: list(objects_of(rows)) for split, rows in load_detection_dataset(tmp_path).items()}
+    assert splits == {"train": ["a.png"], "validation": ["b.png"]}
+
+
+def test_a_list_beside_split_folders_is_none_of_theirs(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_images(tmp_path / split)
+        for name, objects in OBJECTS.items():
+            write_text(tmp_path / split / f"{Path(name).stem}.xml", voc_xml(name, objects))
+    write_text(tmp_path / "train.txt", "a\n")
+    dataset = load_detection_dataset(tmp_path, check_files=False)
+    assert {split: objects_of(rows) for split, rows in dataset.items()} == {"train": OBJECTS, "validation": OBJECTS}
 
 
 def test_cvat_export(tmp_path: Path) -> None:

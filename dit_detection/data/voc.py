@@ -4,14 +4,14 @@ import os
 import re
 from array import array
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from xml.etree.ElementTree import Element, ParseError
 
 from defusedxml import ElementTree
 from defusedxml.common import DefusedXmlException
 
 from .annotations import Annotations
-from .dataset_files import ImageFinder, is_name, leads_outside, list_files, read_class_list, read_text
+from .dataset_files import IMAGE_SUFFIXES, ImageFinder, is_name, leads_outside, list_files, read_class_list, read_text
 from .layouts import SPLIT_WORDS, SPLITS, WHOLE, split_folders, split_of
 from .problems import InvalidDatasetError, ProblemLog
 
@@ -27,11 +27,12 @@ def read_voc(
     folder: Path, problems: ProblemLog, class_names: Sequence[str] | None = None, group_by: str | None = None
 ) -> dict[str, Annotations]:
     """
-    Read `Annotations/*.xml` with the lists of `ImageSets/Main`, or the XML files of the folders `train`, `valid` and
-    `test`, or those of one folder, which become "train"; all at any depth.
+    Read `Annotations/*.xml` with the lists of `ImageSets/Main` (or of another folder in `ImageSets`, or `train.txt`,
+    `val.txt`, … beside the annotations), or the XML files of the folders `train`, `valid` and `test`, or those of one
+    folder, which become "train"; all at any depth.
 
-    Images lie in `JPEGImages` or `images`, here or one folder up, or beside the XML; the XML's own name goes before
-    its field "filename". Boxes are taken as (xmin, ymin) to (xmax, ymax), as labelImg, CVAT and Label Studio write
+    Images lie in `JPEGImages`, `images` or `data`, here or one folder up, or beside the XML; the XML's own name goes
+    before its field "filename". Boxes are taken as (xmin, ymin) to (xmax, ymax), as labelImg, CVAT and Label Studio write
     them; in PASCAL VOC's own files pixels count from 1, and the last one belongs to the box. Objects marked as
     difficult are objects like all others. Images are numbered in the order of the list or of the names.
 
@@ -65,7 +66,8 @@ def _annotation_folders(folder: Path) -> list[Path]:
     places = [place for place in (folder / "Annotations", folder / "annotations") if place.is_dir()]
     if len(places) == 2 and places[0].samefile(places[1]):  # on a file system that ignores case
         del places[1]
-    return places
+    labels = folder / "labels"  # of FiftyOne; of YOLO, too
+    return [*places, labels] if labels.is_dir() and next(list_files(labels, (".xml",)), None) else places
 
 
 def _find_files(folder: Path) -> Iterator[Path]:
@@ -77,20 +79,25 @@ def _find_files(folder: Path) -> Iterator[Path]:
 
 def _find_splits(folder: Path, problems: ProblemLog) -> dict[str, list[Path]]:
     """The XML files of each split, in order."""
-    lists = _split_lists(folder)
+    sets = folder / "ImageSets"
+    lists = next(filter(None, map(_split_lists, [sets / "Main", sets, *sorted(sets.glob("*/"))])), {})
+    files: dict[str, list[Path]] = {}
+    if not lists:
+        for file in _find_files(folder):
+            split = next(filter(None, map(split_of, file.relative_to(folder).parts[:-1])), "train")
+            files.setdefault(split, []).append(file)
+    if list(files) == ["train"]:
+        beside = _split_lists(folder)
+        lists = beside if "train" in beside else {}
     if lists:
         places = (place for parent in (folder, *split_folders(folder)) for place in _annotation_folders(parent))
         return _follow_lists(lists, next(places, folder), problems)
-    files: dict[str, list[Path]] = {}
-    for file in _find_files(folder):
-        split = next(filter(None, map(split_of, file.relative_to(folder).parts[:-1])), "train")
-        files.setdefault(split, []).append(file)
     return {split: files[split] for split in SPLITS if split in files}
 
 
 def _split_lists(folder: Path) -> dict[str, Path]:
-    """`train.txt`, `val.txt`, … of `ImageSets/Main`; the lists of single classes, as `cat_train.txt`, are none."""
-    lists = {file.stem.lower(): file for file in sorted((folder / "ImageSets" / "Main").glob("*.txt"))}
+    """`train.txt`, `val.txt`, … or `train_list.txt`, … of a folder; those of single classes, as `cat_train.txt`, not."""
+    lists = {file.stem.lower().removesuffix("_list"): file for file in sorted(folder.glob("*.txt"))}
     named = {SPLIT_WORDS[word]: file for word, file in lists.items() if word in SPLIT_WORDS}
     whole = next((lists[word] for word in WHOLE if word in lists), None)
     return named if "train" in named or whole is None else {"train": whole} | named
@@ -103,23 +110,35 @@ def _follow_lists(lists: dict[str, Path], annotations: Path, problems: ProblemLo
         seen: set[Path] = set()
         for number, line in enumerate(read_text(lists[split]).splitlines(), start=1):
             name = line.strip().strip('"')
-            words = name.rsplit(maxsplit=1)
-            if len(words) == 2 and words[1] in ("-1", "0", "1") and not os.path.isfile(annotations / f"{name}.xml"):
-                name = words[0]
-            file = annotations / f"{name}.xml"
-            if not name or file in seen:
+            if not name:
                 continue
-            seen.add(file)
-            if not leads_outside(name) and os.path.isfile(file):
-                files[split].append(file)
-            else:
-                what = f"names {name!r:.80}, but there is no file {file}"
+            meant = [annotations / f"{stem}.xml" for stem in _stems_of(name, annotations) if not leads_outside(stem)]
+            file = next(filter(os.path.isfile, meant), None)
+            if file is None:
+                what = f"names {name!r:.80}, but there is no file {(meant or [annotations / f'{name}.xml'])[-1]}"
                 problems.add("missing annotation file", f"{lists[split]}: line {number}", what)
+            elif file not in seen:
+                seen.add(file)
+                files[split].append(file)
     listed = {file for paths in files.values() for file in paths}
     for file in list_files(annotations, (".xml",)):
         if file not in listed:
-            problems.add("annotation file in no split", str(file), "no list in ImageSets/Main names it")
+            what = f"no list in {next(iter(lists.values())).parent} names it"
+            problems.add("annotation file in no split", str(file), what)
     return files
+
+
+def _stems_of(line: str, annotations: Path) -> list[str]:
+    """What a line of a list may name, likeliest first: itself, what is before a 0 or 1, or the file of its last path."""
+    stems, words = [line], line.rsplit(maxsplit=1)
+    if len(words) == 2 and words[1] in ("-1", "0", "1"):
+        stems.append(words[0])
+    path = PurePosixPath(words[-1].replace("\\", "/"))
+    if path.suffix.lower() in (".xml", *IMAGE_SUFFIXES):  # as "JPEGImages/a.png Annotations/a.xml" of PaddleDetection
+        parts = path.with_suffix("").parts
+        below = parts[parts.index(annotations.name) + 1 :] if annotations.name in parts else parts[-1:]
+        stems += [str(path.with_suffix("")), "/".join(below)]
+    return stems
 
 
 def _read_split(
@@ -175,7 +194,8 @@ def _find_image(file: Path, root: Element, finders: dict[Path, ImageFinder]) -> 
     place = next((parent for parent in file.parents if parent.name.lower() == "annotations"), file.parent)
     if place not in finders:
         beside, above = place.parent, place.parent.parent
-        folders = [beside / "JPEGImages", beside / "images", beside, above / "JPEGImages", above / "images"]
+        names = ("JPEGImages", "images", "data")
+        folders = [*(beside / name for name in names), beside, *(above / name for name in names)]
         finders[place] = ImageFinder([place, place / "images", *folders])
     finder = finders[place]
     fields = [root.findtext(field, "").strip().replace("\\", "/") for field in ("filename", "path")]
