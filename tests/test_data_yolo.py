@@ -51,6 +51,7 @@ def write_labels(folder: Path) -> None:
         ("test", "test", "test"),
         (".", ".", "train"),  # labelImg
         ("images", "images", "train"),
+        ("data", "data", "train"),  # FiftyOne's YOLOv4
     ],
 )
 @pytest.mark.parametrize("described", [True, False])
@@ -90,6 +91,59 @@ def test_paths_of_a_description(tmp_path: Path, description: str) -> None:
     write_text(tmp_path / "data.yaml", description)
     dataset = load_detection_dataset(tmp_path, check_files=False)
     assert {split: objects_of(rows) for split, rows in dataset.items()} == {"train": OBJECTS, "validation": OBJECTS}
+
+
+@pytest.mark.parametrize(
+    ("name", "description"),
+    [
+        ("data.yaml", "Train: Train.txt\nValidation: Validation.txt\nnames: [cat, dog]\npath: .\n"),
+        ("cells.yaml", "Train: Train.txt\nValidation: Validation.txt\n"),
+        ("obj.data", "classes = 2\nTrain = data/Train.txt\nValidation = data/Validation.txt\nnames = data/obj.names\n"),
+    ],
+)
+def test_splits_of_cvat_begin_with_a_capital(tmp_path: Path, name: str, description: str) -> None:
+    write_images(tmp_path / "images")
+    write_labels(tmp_path / "labels")
+    write_text(tmp_path / "Train.txt", "data/images/a.png\n")
+    write_text(tmp_path / "Validation.txt", "data/images/b.png\n")
+    write_text(tmp_path / "obj.names", "cat\ndog\n")
+    write_text(tmp_path / name, description)
+    splits = {split: objects_of(rows) for split, rows in load_detection_dataset(tmp_path).items()}
+    assert splits == {"train": {"a.png": OBJECTS["a.png"]}, "validation": {"b.png": OBJECTS["b.png"]}}
+
+
+def test_split_of_unknown_name_in_a_description_is_told_of(tmp_path: Path, caplog) -> None:
+    write_yolo(tmp_path)
+    write_images(tmp_path / "more")
+    write_text(tmp_path / "data.yaml", "train: images\nholdout: more\nnames: [cat, dog]\n")
+    with caplog.at_level(logging.WARNING):
+        assert list(load_detection_dataset(tmp_path)) == ["train"]
+    assert "key \"holdout\" is 'more', but names no split. Call it train, val or test" in caplog.text
+
+
+def test_lists_of_images_without_a_description(tmp_path: Path) -> None:
+    (write_yolo(tmp_path) / "data.yaml").unlink()
+    write_text(tmp_path / "classes.txt", "cat\ndog\n")
+    write_text(tmp_path / "train.txt", "./images/b.png\n")
+    write_text(tmp_path / "val.txt", "images/a.png\n")
+    splits = {split: objects_of(rows) for split, rows in load_detection_dataset(tmp_path).items()}
+    assert splits == {"train": {"b.png": OBJECTS["b.png"]}, "validation": {"a.png": OBJECTS["a.png"]}}
+
+
+def test_labels_of_an_image_called_train_are_no_list(tmp_path: Path) -> None:
+    write_images(tmp_path, ("train.png", "b.png"))
+    for name, objects in zip(("train", "b"), OBJECTS.values(), strict=True):
+        write_text(tmp_path / f"{name}.txt", yolo_lines(objects))
+    write_text(tmp_path / "classes.txt", "cat\ndog\n")
+    assert len(load_detection_dataset(tmp_path)["train"]) == 2
+
+
+def test_a_folder_of_test_pictures_beside_images_and_labels_is_no_split(tmp_path: Path) -> None:
+    (write_yolo(tmp_path) / "data.yaml").unlink()
+    write_text(tmp_path / "classes.txt", "cat\ndog\n")
+    write_images(tmp_path / "test_predictions")
+    dataset = load_detection_dataset(tmp_path)
+    assert {split: objects_of(rows) for split, rows in dataset.items()} == {"train": OBJECTS}
 
 
 def test_cvat_export(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from .annotations import Annotations
-from .dataset_files import IMAGE_SUFFIXES, find_class_list, list_files, read_classes, read_text
-from .layouts import SPLITS, split_folders, split_of
+from .dataset_files import IMAGE_SUFFIXES, find_class_list, is_image, list_files, read_classes, read_text
+from .layouts import SPLIT_WORDS, SPLITS, split_folders, split_of
 from .problems import InvalidDatasetError, ProblemLog
 from .yolo_description import Places, find_description, read_description
 
@@ -24,7 +24,7 @@ def find_yolo(folder: Path) -> str | None:
     described = find_description(folder)
     if described is not None:
         return str(described)
-    for place in (folder, *split_folders(folder)):
+    for place in filter(Path.is_dir, (folder, *split_folders(folder), folder / "data")):  # the last of FiftyOne
         labels = next((place / "labels").rglob("*.txt"), None) if (place / "labels").is_dir() else None
         if labels is not None and (place / "images").is_dir():
             return str(labels)
@@ -42,6 +42,7 @@ def read_yolo(
     """
     Read a data set described by `data.yaml` (Ultralytics, Roboflow) or `obj.data` (Darknet, CVAT), or a folder with
     `images` and `labels` (Label Studio), with or without a level for the splits, or with the labels beside the images.
+    Without a description and folders of splits, lists of images in `train.txt`, `val.txt`, … make the splits.
 
     The labels of `…/images/a.jpg` are `…/labels/a.txt`, or else the text file beside it; an image without one has no
     objects. Polygons become the boxes around them. Fractions are of the image with its EXIF orientation applied, as
@@ -124,15 +125,33 @@ def to_pixels(annotations: Annotations) -> None:
 
 
 def _find_places(folder: Path) -> dict[str, Places]:
-    """Image folders by split: `images/train` or `train/images`, or those with the labels beside the images."""
+    """
+    Image folders by split: `images/train` or `train/images`, or those with the labels beside the images; or else the
+    lists of images.
+    """
     images = folder / "images"
-    named = [*(split_folders(images) if images.is_dir() else []), *split_folders(folder)]
+    named = split_folders(folder)
+    if images.is_dir():
+        # Beside `images` and `labels`, a folder of test pictures without labels of its own is something else.
+        has_labels = (folder / "labels").is_dir()
+        named = [place for place in named if not has_labels or next(list_files(place, (".txt",)), None) is not None]
+        named = [*split_folders(images), *named]
     found: dict[str, list[Path]] = {}
     for place in named:
         found.setdefault(split_of(place.name) or "", []).append(place)
+    lists = {} if found else _image_lists(folder)
+    if "train" in lists:
+        return {split: Places([], [file], folder) for split, file in lists.items()}
     if not found:
         found["train"] = [images if images.is_dir() else folder]
     return {split: Places(folders, [], folder) for split, folders in found.items()}
+
+
+def _image_lists(folder: Path) -> dict[str, Path]:
+    """The lists of images, as `train.txt`, by split. (One beside `train.jpg` holds the labels of that image.)"""
+    files = {split_of(file.stem): file for file in sorted(folder.glob("*.txt")) if file.stem.lower() in SPLIT_WORDS}
+    firsts = {split: read_text(file).strip().partition("\n")[0] for split, file in files.items()}
+    return {split: files[split] for split in SPLITS if split in files and is_image(Path(firsts[split].strip()))}
 
 
 def _labels_of(images: Path) -> list[Path]:

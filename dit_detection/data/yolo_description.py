@@ -13,7 +13,8 @@ from .dataset_files import IMAGE_SUFFIXES, check_class_names, is_name, list_file
 from .layouts import SPLIT_WORDS
 from .problems import InvalidDatasetError, ProblemLog
 
-CLASSES_OR_SPLIT = re.compile(r"^[\"']?(names|train)[\"']?\s*:", re.MULTILINE)
+CLASSES_OR_SPLIT = re.compile(r"^[\"']?(names|train)[\"']?\s*:", re.MULTILINE | re.IGNORECASE)
+KEYS = ("path", "names", "nc", "classes", "backup", "download", "yaml_file")  # what others than splits there are
 
 
 @dataclass
@@ -84,14 +85,19 @@ def read_description(file: Path, root: Path | None, problems: ProblemLog) -> tup
     bases = [file.parent / base, file.parent]
     names = _read_names(content, file, bases, root)
     splits: dict[str, Places] = {}
-    for word in SPLIT_WORDS:
-        value = content.get(word)
+    for word, value in content.items():
+        split = SPLIT_WORDS.get(word.lower()) if isinstance(word, str) else None  # CVAT has "Train" and "Validation"
+        if split is None:
+            if word not in KEYS and is_name(value) and _leads_to_images(value, bases):
+                what = f'key "{word}" is {value!r:.80}, but names no split. Call it train, val or test'
+                problems.add("split without images", str(file), what)
+            continue
         entries = value if isinstance(value, list) else [value] if value else []
         for entry in entries:
             if not is_name(entry):
                 raise InvalidDatasetError(f'{file}: key "{word}" has {_short(entry)}, not text. Write a path.')
             path = _resolve(entry.replace("\\", "/"), bases, root, file)
-            places = splits.setdefault(SPLIT_WORDS[word], Places(root=root))
+            places = splits.setdefault(split, Places(root=root))
             if os.path.isdir(path):
                 places.folders.append(path)
             elif os.path.isfile(path):
@@ -100,12 +106,18 @@ def read_description(file: Path, root: Path | None, problems: ProblemLog) -> tup
                 problems.add("split without images", str(file), f'key "{word}" is {entry!r:.80}; there is no {path}')
     splits = {split: places for split, places in splits.items() if places.folders or places.lists}
     if not splits:
-        found = ", ".join(f"{word}: {_short(content[word])}" for word in SPLIT_WORDS if word in content)
+        found = ", ".join(f"{word}: {_short(content[word])}" for word in content if str(word).lower() in SPLIT_WORDS)
         raise InvalidDatasetError(
             f"{file} names no images that are there ({found or 'it has none of the keys train, val, test'}). "
             "Write folders or lists of images, relative to the file."
         )
     return names, splits
+
+
+def _leads_to_images(entry: str, bases: Iterable[Path]) -> bool:
+    """Whether an entry that is of no split is a folder or a list all the same."""
+    paths = [base / entry for base in bases]
+    return any(path.is_dir() or (path.suffix == ".txt" and path.is_file()) for path in paths)
 
 
 def _glance(file: Path) -> str:
