@@ -145,6 +145,57 @@ def test_files_that_name_no_split(
     assert len(said) == (unused is not None) and all("1 x" in message and str(unused) in message for message in said)
 
 
+@pytest.mark.parametrize(
+    ("json_file", "images"),
+    [
+        ("labels.json", "data"),  # FiftyOne
+        ("train/labels.json", "train/data"),
+        ("annotations/train.json", "train2017"),
+    ],
+)
+def test_images_in_other_folders(tmp_path: Path, json_file: str, images: str) -> None:
+    write_json(tmp_path / json_file, coco_content())
+    write_images(tmp_path / images)
+    assert list(load_detection_dataset(tmp_path)["train"]["objects"]) == ROWS
+
+
+def test_a_json_that_is_not_coco_is_no_split(tmp_path: Path, caplog) -> None:
+    write_coco(tmp_path)
+    write_json(tmp_path / "val_results.json", [{"image_id": 7, "category_id": 2, "bbox": [0, 0, 4, 4], "score": 0.5}])
+    write_json(tmp_path / "train_config.json", {"lr": 1})
+    with caplog.at_level(logging.WARNING):
+        assert list(load_detection_dataset(tmp_path)) == ["train"]
+    assert "2 x annotation file in no split" in caplog.text
+    for damaged in ("", "version https://git-lfs.github.com/spec/v1", '{"images": [{"id": 1'):  # meant to be a split
+        write_json(tmp_path / "annotations_val.json", damaged)
+        with pytest.raises(InvalidDatasetError, match=r"annotations_val.json"):
+            load_detection_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("root", "used", "classes"),
+    [
+        ("cells", [], ["cat", "dog"]),
+        ("cells", ["valid"], ["cells", "cat", "dog"]),  # it is a class after all
+        ("dog", [], ["cat", "dog"]),  # a project called as its class: the other one is meant
+    ],
+)
+def test_the_category_above_others_of_roboflow(tmp_path: Path, root: str, used: list, classes: list, caplog) -> None:
+    for split in ("train", "valid"):
+        content = coco_content()
+        below = [category | {"supercategory": root} for category in content["categories"]]
+        content["categories"] = [{"id": 0, "name": root, "supercategory": "none"}, *below]
+        if split in used:
+            content["annotations"][0]["category_id"] = 0
+        write_json(tmp_path / split / "_annotations.coco.json", content)
+        write_images(tmp_path / split)
+    dataset = load_detection_dataset(tmp_path, check_files=False)
+    assert class_names_of(dataset) == classes
+    labels = [row["category"] for row in dataset["train"]["objects"]]
+    assert [[classes[label] for label in row] for row in labels] == [["cat"], ["dog", "cat"]]
+    assert ("category 'cells' stands above others" in caplog.text) == (root == "cells" and not used)
+
+
 def test_several_files_that_name_no_split(tmp_path: Path) -> None:
     write_images(tmp_path / "images")
     for name in ("a.json", "b.json", "annotations_val.json"):

@@ -1,6 +1,8 @@
 """COCO JSON: one file with the lists `images`, `annotations` and `categories`."""
 
 import os
+from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain, permutations
 from pathlib import Path, PurePosixPath
@@ -16,7 +18,7 @@ from .problems import ProblemLog
 FIELDS = {
     "images": ("id", "file_name", "width", "height"),
     "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "attributes"),
-    "categories": ("id", "name"),
+    "categories": ("id", "name", "supercategory"),
 }
 Categories = dict[int, str]  # COCO's ids may start anywhere and have gaps; labels are their ranks
 
@@ -35,19 +37,36 @@ def read_coco_splits(
     """
     splits: dict[str, Annotations] = {}
     first: tuple[Path, Categories] | None = None
+    roots: set[str] = set()
     for split, (file, image_folders) in find_coco_files(source, problems).items():
-        splits[split], categories = read_coco(file, image_folders, problems, group_by)
+        splits[split], categories, roots = read_coco(file, image_folders, problems, group_by)
         if first is not None and categories and categories != first[1] and class_names is None:
             here, there = (dict(sorted(a.items() - b.items())) for a, b in permutations((categories, first[1])))
             what = f'key "categories" has {here!r:.100} where {first[0]} has {there!r:.100}'
             problems.add("categories differ between splits", str(file), what)
         first = first or ((file, categories) if categories else None)
+    if roots and class_names is None and not problems.fatal:
+        _leave_out_roots(list(splits.values()), roots)
     return splits
+
+
+def _leave_out_roots(splits: Sequence[Annotations], roots: set[str]) -> None:
+    """Take categories that only stand above others from the classes, where they have no object in any split."""
+    names = splits[0].class_names
+    used = set(chain.from_iterable(annotations.labels for annotations in splits))
+    kept = [label for label, name in enumerate(names) if name not in roots or label in used]
+    for name in (name for label, name in enumerate(names) if label not in kept):
+        what = f"category {name!r:.80} stands above others and has no objects"
+        splits[0].problems.add("category above others", splits[0].source, what)
+    new_labels = {label: new_label for new_label, label in enumerate(kept)}
+    for annotations in splits:
+        annotations.class_names = [names[label] for label in kept]
+        annotations.labels = array("q", map(new_labels.__getitem__, annotations.labels))
 
 
 def read_coco(
     json_file: Path, image_folders: Sequence[Path], problems: ProblemLog, group_by: str | None = None
-) -> tuple[Annotations, Categories]:
+) -> tuple[Annotations, Categories, set[str]]:
     """
     Read one COCO JSON file.
 
@@ -58,18 +77,19 @@ def read_coco(
         group_by (`str`, *optional*): Field of the entries of `images` that names the image's group.
 
     Returns:
-        `tuple[Annotations, Categories]`: The images and objects, with labels that follow the order of the category
-        ids; and the categories. Both are empty if the file cannot be used.
+        `tuple[Annotations, Categories, set[str]]`: The images and objects, with labels that follow the order of the
+        category ids; the categories; and the names of those that stand above others, as Roboflow's first. All are
+        empty if the file cannot be used.
     """
     annotations = Annotations(str(json_file), problems)
     lists = _load_lists(json_file, group_by, problems)
     if lists is None:
-        return annotations, {}
-    categories = _read_categories(lists["categories"], str(json_file), problems)
+        return annotations, {}, set()
+    categories, roots = _read_categories(lists["categories"], str(json_file), problems)
     annotations.class_names = list(categories.values())
     _add_images(annotations, lists["images"], image_folders, group_by)
     _add_objects(annotations, lists["annotations"], categories)
-    return annotations, categories
+    return annotations, categories, roots
 
 
 def _load_lists(json_file: Path, group_by: str | None, problems: ProblemLog) -> dict[str, PackedList] | None:
@@ -87,8 +107,12 @@ def _load_lists(json_file: Path, group_by: str | None, problems: ProblemLog) -> 
     return None if wrong else lists
 
 
-def _read_categories(entries: PackedList, source: str, problems: ProblemLog) -> Categories:
+def _read_categories(entries: PackedList, source: str, problems: ProblemLog) -> tuple[Categories, set[str]]:
+    """Names by id, and of them those that stand above others: Roboflow's first is the project, with all classes below."""
     categories: dict[Any, str] = {}
+    supercategories = [entry.get("supercategory") for entry in entries if isinstance(entry, dict)]
+    named = Counter(entry["name"] for entry in entries if isinstance(entry, dict) and is_name(entry.get("name")))
+    roots: set[str] = set()
     if not entries:
         problems.add("unusable category", source, 'key "categories" is an empty list')
     for index, entry in enumerate(entries):
@@ -96,13 +120,18 @@ def _read_categories(entries: PackedList, source: str, problems: ProblemLog) -> 
         name = entry.get("name") if isinstance(entry, dict) else None
         if not is_integer(category_id) or not is_name(name):
             problems.add("unusable category", source, f"categories[{index}] is {entry!r:.80}")
-        elif category_id in categories or name in categories.values():
+            continue
+        if entry.get("supercategory") == "none" and name in supercategories and name != "none":
+            if named[name] > 1:  # the class is called as the project is, and is the other one
+                continue
+            roots.add(name)
+        if category_id in categories or name in categories.values():
             problems.add(
                 "unusable category", source, f"categories[{index}]: id {category_id} or name {name!r} is taken"
             )
         else:
             categories[category_id] = name
-    return dict(sorted(categories.items()))
+    return dict(sorted(categories.items())), roots
 
 
 def _add_images(

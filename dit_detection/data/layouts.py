@@ -59,7 +59,12 @@ def find_coco_files(source: Path, problems: ProblemLog) -> dict[str, tuple[Path,
         return {"train": (source, _image_folders(source, source.parent))}
     candidates: dict[str, list[Path]] = {}
     unnamed: list[Path] = []
-    for file in list_json_files(source):
+    listed = list_json_files(source)
+    has_coco = any(map(looks_like_coco, listed))
+    for file in listed:
+        if has_coco and split_of(file.stem) is not None and _is_other_json(file):  # as "train_config.json"
+            problems.add("annotation file in no split", str(file), "it has neither images nor annotations")
+            continue
         split = split_of(file.stem) or (split_of(file.parent.name) if file.parent != source else None)
         if split is None or file.stem.startswith("image_info"):  # of COCO's images without annotations
             unnamed.append(file)
@@ -81,14 +86,26 @@ def list_json_files(folder: Path) -> list[Path]:
 
 def looks_like_coco(file: Path) -> bool:
     """Whether a JSON has a key of COCO's at its begin or end; Label Studio's notes.json and others have not."""
+    text = b"".join(_ends(file))
+    return b'"annotations"' in text or b'"images"' in text
+
+
+def _is_other_json(file: Path) -> bool:
+    """Whether a file is a whole JSON, but not COCO's; what is cut off, empty or a pointer may be meant to be."""
+    begin, end = _ends(file)
+    is_whole = (begin.lstrip()[:1], end.rstrip()[-1:]) in ((b"{", b"}"), (b"[", b"]"))
+    return is_whole and not looks_like_coco(file)
+
+
+def _ends(file: Path) -> tuple[bytes, bytes]:
+    """The begin and the end of a file; empty if it cannot be read."""
     try:
         with file.open("rb") as stream:
-            head = stream.read(2**16)
+            begin = stream.read(2**16)
             stream.seek(max(0, file.stat().st_size - 2**16))
-            text = head + stream.read(2**16)
+            return begin, stream.read(2**16)
     except OSError:
-        return False
-    return b'"annotations"' in text or b'"images"' in text
+        return b"", b""
 
 
 def _place_unnamed(unnamed: list[Path], candidates: dict[str, list[Path]], problems: ProblemLog) -> None:
@@ -125,5 +142,7 @@ def _image_folders(file: Path, root: Path) -> list[Path]:
         names = [word for word in re.split(r"[^a-zA-Z0-9]+", file.stem) if split_of(word) or word in WHOLE]
         names += [word for word, split in SPLIT_WORDS.items() if split == split_of(file.stem) and word not in names]
         named = [folder / name for name in names for folder in (base / "images", base)]
-        return [*named, base / "images", base, file.parent]
-    return [file.parent, file.parent / "images", root / "images" / file.parent.name, root / "images", root]
+        named += [folder for folder in split_folders(base) if split_of(folder.name) == split_of(file.stem)]
+        return [*named, base / "images", base / "data", base, file.parent]  # "data" is FiftyOne's
+    folders = [file.parent, file.parent / "images", file.parent / "data"]
+    return [*folders, root / "images" / file.parent.name, root / "images", root]
