@@ -78,6 +78,15 @@ def test_same_images_stay_together(tmp_path: Path, caplog) -> None:
     assert "same image in two splits" not in caplog.text
 
 
+@pytest.mark.parametrize("options", [{"check_files": False}, {"streaming": True}])
+def test_same_images_stay_together_where_files_are_not_checked(tmp_path: Path, options: dict) -> None:
+    write_many(tmp_path, [index // 2 for index in range(20)])
+    dataset = load_detection_dataset(tmp_path, validation_fraction=0.3, **options)
+    ids = {split: [row["image_id"] for row in rows] for split, rows in dataset.items()}
+    assert len(ids["validation"]) == 6
+    assert {index // 2 for index in ids["train"]} & {index // 2 for index in ids["validation"]} == set()
+
+
 def test_groups_that_share_an_image_stay_together(tmp_path: Path) -> None:
     # Patients a and b share the image of colour 0, b and c that of colour 1: only d can be set aside, or all others.
     write_many(tmp_path, [0, 0, 1, 1, 2, 3], patient=["a", "b", "b", "c", "c", "d"])

@@ -77,6 +77,19 @@ def damaged_rows(folder: Path, **changes: object) -> Dataset:
     return Dataset.from_list(rows, features=dataset.features)
 
 
+@pytest.mark.parametrize("on_invalid", ["error", "drop"])
+def test_a_stream_of_fractions_is_refused(tmp_path: Path, on_invalid: str) -> None:
+    dataset = load_detection_dataset(write_many(tmp_path))["train"]
+    rows = dataset.to_list()
+    for row in rows:
+        row["objects"]["bbox"] = [[0.1, 0.2, 0.3, 0.3]]
+    stream = load_detection_dataset(
+        Dataset.from_list(rows, features=dataset.features), streaming=True, on_invalid=on_invalid
+    )["train"]
+    with pytest.raises(InvalidDatasetError, match=r"(\d) of the first \1 boxes lie between 0 and 1, .* Write pixels"):
+        list(stream.shuffle(seed=0))
+
+
 def test_an_invalid_row_stops_the_stream_with_its_name(tmp_path: Path) -> None:
     stream = load_detection_dataset(damaged_rows(tmp_path, bbox=[[5.0, 1, 50, 6]]), streaming=True)["train"]
     passed = []

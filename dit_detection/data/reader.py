@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDatasetDict
 from datasets import Image as ImageFeature
 
 from .annotations import Annotations
-from .checks import check_images, check_objects
+from .checks import check_images, check_objects, look_like_fractions
 from .coco import read_coco_splits
 from .dataset_files import report_unlisted_images, settle_image_paths
 from .formats import FORMATS, LOOKED_FOR, Format, find_format
@@ -19,9 +19,6 @@ from .splits import check_fractions, report_overlap, split_train
 from .streaming import stream_rows
 from .voc import read_voc
 from .yolo import read_yolo, to_pixels
-
-# How far fractions of the image may lie beside 0 and 1.
-MARGIN = 0.01
 
 READERS = {"coco": read_coco_splits, "voc": read_voc, "yolo": read_yolo, "imagefolder": read_image_folder}
 
@@ -61,10 +58,11 @@ def load_detection_dataset(
         validation_fraction (`float`, *optional*): Share of "train" that becomes "validation" where there is none.
         test_fraction (`float`, *optional*): Share of "train" that becomes "test" where there is none.
         group_by (`str`, *optional*): Column, or field of an image's entry, whose values are kept together in these
-            shares: the patient, the video, the place. Images with the same content always are.
+            shares: the patient, the video, the place. Images with the same content always are, but for data sets of
+            `datasets` that are streamed.
         seed (`int`): Which images those shares are made of.
         check_files (`bool`): Open every image file (its header only) to compare its size with the annotations, and
-            look for images that are there twice.
+            look for images that are there twice (as is done to set some aside, too).
         name (`str`, *optional*): Configuration of a data set on the Hub, or of a copy of one, that has several.
         revision (`str`, *optional*): Commit, branch or tag of a data set on the Hub.
         streaming (`bool`): Open no image before its row is read. Data sets of `datasets` are checked row by row as
@@ -184,7 +182,8 @@ def read_detection_dataset(
             for split, annotations in splits.items()
             if annotations.groups
         }
-        duplicates = report_overlap(dataset, groups, problems) if check_files else []
+        sets_aside = validation_fraction is not None or test_fraction is not None
+        duplicates = report_overlap(dataset, groups, problems) if check_files or sets_aside else []
         return split_train(dataset, groups.get("train", []), duplicates, validation_fraction, test_fraction, seed)
     except (InvalidDatasetError, OSError) as error:
         problems.add("unusable data set", where, str(error).removeprefix(f"{where}: ").removeprefix(f"{where} "))
@@ -247,10 +246,9 @@ def _refuse_fractions(splits: Iterable[Annotations]) -> None:
         if annotations.boxes_are_fractions or not len(annotations.boxes):
             continue
         # Not all of them: tools round, and boxes stick out.
-        boxes = np.array(annotations.boxes).reshape(-1, 4)
-        are_fractions = ((boxes >= -MARGIN) & (boxes <= 1 + MARGIN)).all(axis=1)
+        are_fractions = look_like_fractions(np.array(annotations.boxes).reshape(-1, 4))
         if are_fractions.mean() > 0.5:
-            number = "all" if are_fractions.all() else f"{are_fractions.sum()} of {len(boxes)}"
+            number = "all" if are_fractions.all() else f"{are_fractions.sum()} of {len(are_fractions)}"
             what = f"{number} boxes lie between 0 and 1, as fractions do. Write pixels."
             raise InvalidDatasetError(f"{annotations.source}: {what}")
 

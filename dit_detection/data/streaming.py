@@ -5,16 +5,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import fsspec
+import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from datasets import Image as ImageFeature
 
 from .annotations import Annotations, is_integer
-from .checks import check_image, check_objects
+from .checks import check_image, check_objects, look_like_fractions
 from .hub import add_objects, name_splits, object_columns, object_fields
 from .layouts import SPLITS
 from .problems import InvalidDatasetError, OnInvalid, ProblemLog
 from .row_format import OBJECT_FIELDS, detection_features
 
+MIN_FRACTIONS = 3  # boxes that lie between 0 and 1, before a stream is said to be of fractions
 NUM_SHARDS = 64  # of a data set that is at hand; as many workers and processes can share it
 
 
@@ -135,13 +137,14 @@ class RowCheck:
         self.labels = labels
         self.low, self.high, self.seed = low, high, seed
         self.problems = ProblemLog(on_invalid)
+        self.num_boxes = self.num_fractions = 0  # of all rows so far
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """
         Check a batch of one row, the image encoded.
 
         Raises:
-            InvalidDatasetError: It is invalid, and `on_invalid` is "error".
+            InvalidDatasetError: It is invalid, and `on_invalid` is "error"; or boxes so far are fractions of the image.
         """
         before = self.problems.counts.total()
         row = self._checked({column: values[0] for column, values in batch.items()})
@@ -162,6 +165,7 @@ class RowCheck:
         encoded = _downloaded(row["image"])
         annotations.add_image(image_id, (encoded or {}).get("path") or "no file name", width, height)
         add_objects(annotations, 0, object_columns(row["objects"]), self.labels)
+        self._refuse_fractions(np.array(annotations.boxes).reshape(-1, 4))
         check_image(annotations, 0, encoded)
         if not annotations.keep_image[0]:
             return None
@@ -173,6 +177,14 @@ class RowCheck:
             "height": annotations.heights[0],
             "objects": {field: objects[field].tolist() for field in OBJECT_FIELDS},
         }
+
+    def _refuse_fractions(self, boxes: np.ndarray) -> None:
+        self.num_boxes += len(boxes)
+        self.num_fractions += int(look_like_fractions(boxes).sum())
+        # One or two may be specks that somebody drew by mistake.
+        if self.num_fractions >= MIN_FRACTIONS and self.num_fractions > self.num_boxes / 2:
+            what = f"{self.num_fractions} of the first {self.num_boxes} boxes lie between 0 and 1, as fractions do"
+            raise InvalidDatasetError(f"{self.source}: {what}. Write pixels.")
 
 
 def _share(seed: int, image_id: int) -> float:
