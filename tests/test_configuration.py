@@ -157,6 +157,17 @@ def test_what_is_set_afterwards_is_checked_before_a_model_is_made_of_it(tiny_con
         DiTForObjectDetection(config)
 
 
+@pytest.mark.parametrize("keys", [int, str])
+def test_other_names_of_classes_go_with_their_numbers(tiny_model, tmp_path, keys):
+    tiny_model().save_pretrained(tmp_path)
+    names = {keys(label): name for label, name in enumerate("xyzu")}
+    model = DiTForObjectDetection.from_pretrained(tmp_path, id2label=names, ignore_mismatched_sizes=True)
+    model.save_pretrained(tmp_path)
+    config = DiTDetectionConfig.from_pretrained(tmp_path)
+    assert config.id2label == {0: "x", 1: "y", 2: "z", 3: "u"}
+    assert config.label2id == {"x": 0, "y": 1, "z": 2, "u": 3}
+
+
 def test_a_detector_goes_on_with_other_classes(tiny_model, tmp_path):
     tiny_model(class_weights=[1.0, 2.0, 3.0]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="class_weights has 3 entries for num_labels=5"):

@@ -86,8 +86,8 @@ def test_a_stream_of_fractions_is_refused(tmp_path: Path, on_invalid: str) -> No
     stream = load_detection_dataset(
         Dataset.from_list(rows, features=dataset.features), streaming=True, on_invalid=on_invalid
     )["train"]
-    with pytest.raises(InvalidDatasetError, match=r"(\d) of the first \1 boxes lie between 0 and 1, .* Write pixels"):
-        list(stream.shuffle(seed=0))
+    with pytest.raises(InvalidDatasetError, match=r"3 of the first 3 boxes lie between 0 and 1, .* Write pixels"):
+        list(stream)
 
 
 def test_an_invalid_row_stops_the_stream_with_its_name(tmp_path: Path) -> None:

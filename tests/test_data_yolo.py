@@ -98,7 +98,7 @@ def test_paths_of_a_description(tmp_path: Path, description: str) -> None:
     [
         ("data.yaml", "Train: Train.txt\nValidation: Validation.txt\nnames: [cat, dog]\npath: .\n"),
         ("cells.yaml", "Train: Train.txt\nValidation: Validation.txt\n"),
-        ("obj.data", "classes = 2\nTrain = data/Train.txt\nValidation = data/Validation.txt\nnames = data/obj.names\n"),
+        ("obj.data", "Train = data/Train.txt\nValidation = data/Validation.txt\nnames = data/obj.names\n"),
     ],
 )
 def test_splits_of_cvat_begin_with_a_capital(tmp_path: Path, name: str, description: str) -> None:

@@ -34,6 +34,12 @@ def test_by_default_a_square_canvas_of_512():
     assert (outputs["pixel_values"][0, :, 256:] == 0).all()
 
 
+@pytest.mark.parametrize("image", [np.full((20, 30, 3), 4000, dtype=np.uint16), torch.full((3, 20, 30), 4000.0)])
+def test_arrays_of_more_than_8_bits_are_refused(image):
+    with pytest.raises(ValueError, match=r"values up to 4000\. Scale it to 0 to 255"):
+        DiTDetectionImageProcessor(size=32)([image], return_tensors="pt")
+
+
 @pytest.mark.parametrize(
     ("size", "canvas", "valid"),
     [

@@ -20,6 +20,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dit_detection import DiTForObjectDetection
 from dit_detection.model import load_dit as load_dit_module
 from dit_detection.model.backbone import DiTBackbone
 from dit_detection.model.convert_dit import dit_config, fold_dit
@@ -117,6 +118,14 @@ def test_shards(tmp_path, safe):
     transformer, vae = load_dit(str(tmp_path))
     assert vae is None
     assert_same_weights(transformer, dit)
+
+
+def test_the_dtype_of_a_detector_is_that_of_the_source_or_as_named():
+    pipeline = tiny_pipeline(torch.bfloat16)
+    for named, dtype in {"auto": torch.bfloat16, "float64": torch.float64, "torch.float32": torch.float32}.items():
+        assert DiTForObjectDetection.from_diffusers(pipeline, dtype=named).dtype == dtype
+    with pytest.raises(ValueError, match="dtype='fp16' is no type of torch"):
+        DiTForObjectDetection.from_diffusers(pipeline, dtype="fp16")
 
 
 def test_weights_of_two_dtypes_load_in_the_wider(tmp_path):

@@ -108,7 +108,7 @@ def _load_lists(json_file: Path, group_by: str | None, problems: ProblemLog) -> 
 
 
 def _read_categories(entries: PackedList, source: str, problems: ProblemLog) -> tuple[Categories, set[str]]:
-    """Names by id, and of them those that stand above others: Roboflow's first is the project, with all classes below."""
+    """Names by id, and those of them that stand above others: Roboflow's first is the project, above all classes."""
     categories: dict[Any, str] = {}
     supercategories = [entry.get("supercategory") for entry in entries if isinstance(entry, dict)]
     named = Counter(entry["name"] for entry in entries if isinstance(entry, dict) and is_name(entry.get("name")))

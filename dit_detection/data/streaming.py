@@ -137,14 +137,14 @@ class RowCheck:
         self.labels = labels
         self.low, self.high, self.seed = low, high, seed
         self.problems = ProblemLog(on_invalid)
-        self.num_boxes = self.num_fractions = 0  # of all rows so far
+        self.num_boxes = self.num_fractions = 0  # of the rows so far; a row may be missed where threads shuffle
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """
         Check a batch of one row, the image encoded.
 
         Raises:
-            InvalidDatasetError: It is invalid, and `on_invalid` is "error"; or boxes so far are fractions of the image.
+            InvalidDatasetError: It is invalid, and `on_invalid` is "error"; or boxes are fractions of the image.
         """
         before = self.problems.counts.total()
         row = self._checked({column: values[0] for column, values in batch.items()})

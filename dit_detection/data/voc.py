@@ -32,8 +32,8 @@ def read_voc(
     folder, which become "train"; all at any depth.
 
     Images lie in `JPEGImages`, `images` or `data`, here or one folder up, or beside the XML; the XML's own name goes
-    before its field "filename". Boxes are taken as (xmin, ymin) to (xmax, ymax), as labelImg, CVAT and Label Studio write
-    them; in PASCAL VOC's own files pixels count from 1, and the last one belongs to the box. Objects marked as
+    before its field "filename". Boxes are taken as (xmin, ymin) to (xmax, ymax), as labelImg, CVAT and Label Studio
+    write them; in PASCAL VOC's own files pixels count from 1, and the last one belongs to the box. Objects marked as
     difficult are objects like all others. Images are numbered in the order of the list or of the names.
 
     Args:
@@ -96,7 +96,7 @@ def _find_splits(folder: Path, problems: ProblemLog) -> dict[str, list[Path]]:
 
 
 def _split_lists(folder: Path) -> dict[str, Path]:
-    """`train.txt`, `val.txt`, … or `train_list.txt`, … of a folder; those of single classes, as `cat_train.txt`, not."""
+    """`train.txt`, …, or `train_list.txt`, …, of a folder; lists of single classes, as `cat_train.txt`, are none."""
     lists = {file.stem.lower().removesuffix("_list"): file for file in sorted(folder.glob("*.txt"))}
     named = {SPLIT_WORDS[word]: file for word, file in lists.items() if word in SPLIT_WORDS}
     whole = next((lists[word] for word in WHOLE if word in lists), None)
@@ -129,7 +129,7 @@ def _follow_lists(lists: dict[str, Path], annotations: Path, problems: ProblemLo
 
 
 def _stems_of(line: str, annotations: Path) -> list[str]:
-    """What a line of a list may name, likeliest first: itself, what is before a 0 or 1, or the file of its last path."""
+    """What a line of a list may name, likeliest first: itself, what is before a 0 or 1, the file of its last path."""
     stems, words = [line], line.rsplit(maxsplit=1)
     if len(words) == 2 and words[1] in ("-1", "0", "1"):
         stems.append(words[0])

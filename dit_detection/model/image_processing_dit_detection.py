@@ -76,7 +76,8 @@ class DiTDetectionImageProcessor(TorchvisionBackend):
     ) -> BatchFeature:
         """
         Args:
-            images: One image or a list: PIL, numpy or torch, any mode.
+            images: One image or a list: PIL in any mode, or numpy or torch with channels, from 0 to 255 unless
+                `do_rescale` is off.
             annotations (`dict` or `list[dict]`, *optional*): Per image `image_id` and `annotations`, a list of COCO
                 objects: `bbox` (xywh, original pixels), `category_id`, optionally `area` and `iscrowd`.
 
@@ -87,7 +88,8 @@ class DiTDetectionImageProcessor(TorchvisionBackend):
             `(M,)`, `image_id` `(1,)`, `orig_size` `(2,)` and `size` `(2,)`: (height, width) before and after resizing.
 
         Raises:
-            ValueError: If images and annotations differ in number, or a box is not finite or has no area in its image.
+            ValueError: If an array has more than 8 bits, images and annotations differ in number, or a box is not finite
+                or has no area in its image.
         """
         return super().preprocess(images, annotations, **kwargs)
 
@@ -119,6 +121,11 @@ class DiTDetectionImageProcessor(TorchvisionBackend):
                 )
             validate_annotations(AnnotationFormat.COCO_DETECTION, (AnnotationFormat.COCO_DETECTION,), annotations)
 
+        for image in images:
+            # 16 bits would become pixels of 513, not of 1, and nothing be found in them.
+            if do_rescale and image.dtype != torch.uint8 and image.float().amax() > 255:
+                highest = image.float().amax()
+                raise ValueError(f"There is an image with values up to {highest:g}. Scale it to 0 to 255, 8 bits.")
         original_sizes = [tuple(image.shape[-2:]) for image in images]
         groups, positions = group_images_by_shape(images, disable_grouping=disable_grouping)
         for shape, stacked in groups.items():

@@ -267,7 +267,7 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
             id2label (`dict[int, str]`, *optional*): The classes to detect.
             out_indices (`list[int]`, *optional*): 0-based blocks to tap; by default 10/28, 14/28 and 18/28 of the
                 depth. Blocks after the deepest one are not kept.
-            dtype (`torch.dtype` or `str`, *optional*): By default that of the source.
+            dtype (`torch.dtype` or `str`, *optional*): By default, and with `"auto"`, that of the source.
             family (`str`, *optional*): Of a file of the original format, whose code saved it: `"dit"`, `"sit"` or
                 `"repa"`. They count time differently, and the file does not tell.
             num_attention_heads (`int`, *optional*): Of such a file if its width is not that of a published size.
@@ -296,7 +296,12 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
         detection_config = dit_config(
             transformer, autoencoder, timestep=timestep, condition=condition, out_indices=out_indices, **config
         )
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or transformer.dtype
+        if isinstance(dtype, str) and dtype != "auto":
+            named = getattr(torch, dtype.removeprefix("torch."), None)
+            if not isinstance(named, torch.dtype):
+                raise ValueError(f'dtype={dtype!r} is no type of torch, such as "bfloat16", and not "auto".')
+            dtype = named
+        dtype = transformer.dtype if dtype is None or isinstance(dtype, str) else dtype
         model = cls(detection_config).to(dtype)
         model.model.load_state_dict(fold_dit(transformer, autoencoder, detection_config, dtype=dtype, family=family))
         return model.eval()
