@@ -159,4 +159,4 @@ def check_objects(annotations: Annotations, quiet: bool = False) -> dict[str, np
 
 def look_like_fractions(boxes: np.ndarray) -> np.ndarray:
     """`(M,)` bool: which boxes `(M, 4)` lie between 0 and 1, as no box in pixels does that is worth annotating."""
-    return ((boxes >= -MARGIN) & (boxes <= 1 + MARGIN)).all(axis=1)
+    return np.asarray(((boxes >= -MARGIN) & (boxes <= 1 + MARGIN)).all(axis=1))

@@ -59,7 +59,7 @@ def upright(image: Image.Image) -> Image.Image:
     `ImageOps.exif_transpose` writes all of the EXIF anew as well, and so fails on tags that a camera wrote oddly.
     """
     image.load()  # a TIFF is upright afterwards, and its orientation is gone
-    turn = TURNS.get(image.getexif().get(ORIENTATION_TAG))
+    turn = TURNS.get(image.getexif().get(ORIENTATION_TAG, 1))
     if turn is None:
         return image
     turned = image.transpose(turn)

@@ -194,8 +194,8 @@ def _find_image(file: Path, root: Element, finders: dict[Path, ImageFinder]) -> 
     place = next((parent for parent in file.parents if parent.name.lower() == "annotations"), file.parent)
     if place not in finders:
         beside, above = place.parent, place.parent.parent
-        names = ("JPEGImages", "images", "data")
-        folders = [*(beside / name for name in names), beside, *(above / name for name in names)]
+        usual = ("JPEGImages", "images", "data")
+        folders = [*(beside / name for name in usual), beside, *(above / name for name in usual)]
         finders[place] = ImageFinder([place, place / "images", *folders])
     finder = finders[place]
     fields = [root.findtext(field, "").strip().replace("\\", "/") for field in ("filename", "path")]

@@ -119,7 +119,8 @@ class DiTDetectionConfig(PreTrainedConfig):
         self._complete()
         self._check()
         # `from_pretrained(id2label=...)` takes them as they are, with the keys of JSON, and leaves the old `label2id`.
-        self.id2label = {int(key) if str(key).isdecimal() else key: name for key, name in self.id2label.items()}
+        names = self.id2label  # type: ignore[has-type]
+        self.id2label = {int(key) if str(key).isdecimal() else key: name for key, name in names.items()}
         self._check_classes()
         self.label2id = {name: label for label, name in self.id2label.items()}
 

@@ -88,8 +88,8 @@ class DiTDetectionImageProcessor(TorchvisionBackend):
             `(M,)`, `image_id` `(1,)`, `orig_size` `(2,)` and `size` `(2,)`: (height, width) before and after resizing.
 
         Raises:
-            ValueError: If an array has more than 8 bits, images and annotations differ in number, or a box is not finite
-                or has no area in its image.
+            ValueError: If an array has more than 8 bits, images and annotations differ in number, or a box is not
+                finite or has no area in its image.
         """
         return super().preprocess(images, annotations, **kwargs)
 
