@@ -21,7 +21,12 @@ from dit_detection.commands import pretrain
 from dit_detection.commands.pretrain_options import parse_options
 from dit_detection.data import draw_shapes_dataset
 from dit_detection.pretraining.diffusion_model import DiffusionModel
-from dit_detection.pretraining.diffusion_trainer import DiffusionTrainer, PretrainingArguments
+from dit_detection.pretraining.diffusion_trainer import (
+    BEGAN_WITH,
+    FINGERPRINT,
+    DiffusionTrainer,
+    PretrainingArguments,
+)
 from dit_detection.pretraining.image_sources import list_training_images
 from dit_detection.pretraining.image_views import CentreCrops, DecodedImages, FixedNoise, NoisedViews, RandomCrops
 from dit_detection.pretraining.latent_cache import cache_latents
@@ -29,6 +34,7 @@ from dit_detection.pretraining.new_dit import new_dit, new_scheduler
 from dit_detection.pretraining.pipeline_folder import save_pipeline
 from dit_detection.pretraining.run_cost import measure_step, step_cost
 from dit_detection.pretraining.sampling import sample_images
+from dit_detection.training.checkpoint_files import CHECKSUMS
 from dit_detection.training.cost import PeakMemory
 from dit_detection.training.fault_tolerant_trainer import NonFiniteLossError
 
@@ -115,10 +121,46 @@ def test_a_run_neither_sees_its_own_pictures_nor_goes_on_with_other_images(image
     pretrain.main([*argv, "--max_steps", "2"])
     assert "9 to train on, 1 held out" in Path("outputs/README.md").read_text()
     Path("9.png").unlink()
-    with pytest.raises(ValueError, match=r"checkpoint-2 has learnt from other images.*another --output_dir"):
+    with pytest.raises(ValueError, match=r"checkpoint-2 .*other images.*another --output_dir"):
         pretrain.main([*argv, "--max_steps", "3"])
     with pytest.raises(InvalidDatasetError, match=r"--output_dir \. is a folder of images"):
         pretrain.main([*argv, "--output_dir", "."])
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (["--seed", "1"], "another seed:"),
+        (["--validation_fraction", "0.4"], "another number of held-out images:"),
+        (["--objective", "epsilon"], "another objective:"),
+        (["--image_size", "32", "--seed", "1"], "another seed, another image_size:"),
+    ],
+)
+def test_a_run_goes_on_with_what_it_began_with(stopped, changed, named):
+    with pytest.raises(ValueError, match=rf"checkpoint-1 .*{named}.*another --output_dir"):
+        pretrain.main([*stopped, *changed])
+
+
+@pytest.fixture(scope="module")
+def stopped(images, tmp_path_factory):
+    """The options of a run that has a checkpoint to go on from."""
+    folder = tmp_path_factory.mktemp("stopped")
+    argv = [*NEW, "--images", str(images), "--save_samples", "False", "--eval_strategy", "no", "--save_steps", "1"]
+    argv += ["--resume_from_checkpoint", "last", "--output_dir", str(folder)]
+    pretrain.main([*argv, "--max_steps", "1"])
+    return [*argv, "--max_steps", "2"]
+
+
+def test_checkpoints_of_before_tell_the_images_alone(images, tmp_path):
+    pretrained = partial(trained_on, images, tmp_path, 4, eval_strategy="no")
+    pretrained(1, began_with={"images": "a", "seed": 0}, save_strategy="steps", save_steps=1)
+    checkpoint = tmp_path / "checkpoint-1"
+    (checkpoint / BEGAN_WITH).unlink()
+    (checkpoint / CHECKSUMS).unlink()
+    (checkpoint / FINGERPRINT).write_text("a\n")
+    with pytest.raises(ValueError, match=r"checkpoint-1 .*other images:"):
+        pretrained(2, checkpoint, began_with={"images": "b", "seed": 1})
+    pretrained(2, checkpoint, began_with={"images": "a", "seed": 1})
 
 
 def randomized(module):
@@ -354,7 +396,7 @@ def test_bad_images_are_refused_before_training(images, tmp_path):
     assert not run.exists()
 
 
-def trained_on(images, output_dir, batch_size, max_steps=3, resume_from=None, **arguments):
+def trained_on(images, output_dir, batch_size, max_steps=3, resume_from=None, began_with=None, **arguments):
     """A tiny DiT trained on a folder, and the log."""
     torch.manual_seed(0)
     model = DiffusionModel(new_dit("tiny", 16), new_scheduler("sample", on_pixels=True))
@@ -367,6 +409,7 @@ def trained_on(images, output_dir, batch_size, max_steps=3, resume_from=None, **
         model,
         args,
         vae=None,
+        began_with=began_with,
         train_dataset=NoisedViews(RandomCrops(pixels, range(8), 16, 0.5, seed=0), seed=0),
         eval_dataset=FixedNoise(CentreCrops(pixels, range(8, 10), 16), seed=0),
     )

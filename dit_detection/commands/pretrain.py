@@ -58,9 +58,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         return {}
     images = _read_images(rows, options, args, image_size)
     train, held_out = _datasets(images, options, args, model, vae)
-    trainer = DiffusionTrainer(
-        model, args, vae=vae, fingerprint=images.fingerprint, train_dataset=train, eval_dataset=held_out
-    )
+    began_with = {
+        "images": images.fingerprint,
+        "seed": args.seed,
+        "number of held-out images": len(images) - len(train),
+        "objective": _objective_of(model),
+        "image_size": image_size,
+    }
+    trainer = DiffusionTrainer(model, args, vae=vae, began_with=began_with, train_dataset=train, eval_dataset=held_out)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     minutes = trainer.state.log_history[-1].get("minutes", 0.0)
     metrics = trainer.evaluate()
@@ -114,6 +119,11 @@ def _downsampling(vae: Any) -> int:
 def _image_size(model: DiffusionModel, vae: Any) -> int:
     config: Any = model.transformer.config
     return config.sample_size * _downsampling(vae)
+
+
+def _objective_of(model: Any) -> str:
+    """What `--objective` calls it."""
+    return "flow" if is_flow(model.scheduler) else model.objective.prediction_type
 
 
 def _list_images(options: PretrainingOptions, image_size: int, seed: int, output_dir: Path) -> Dataset:
@@ -188,7 +198,7 @@ def _facts(
     return PretrainingFacts(
         name=Path(str(args.output_dir)).name,
         base_model=None if options.model is None else source_name(options.model),
-        objective="flow" if is_flow(model.scheduler) else model.objective.prediction_type,
+        objective=_objective_of(model),
         num_timesteps=model.scheduler.config.num_train_timesteps,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         image_size=_image_size(model, trainer.vae),

@@ -1,5 +1,6 @@
 """The HF Trainer for diffusion pretraining: moving averages, a comparable held-out loss, samples as it goes."""
 
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -26,7 +27,9 @@ logger = logging.getLogger(__name__)
 
 NUM_SAMPLES = 8
 SAMPLING_STEPS = 25
-FINGERPRINT = "images.fingerprint"  # in a checkpoint
+# In a checkpoint; earlier ones have the fingerprint of the images alone.
+BEGAN_WITH = "began_with.json"
+FINGERPRINT = "images.fingerprint"
 
 
 @dataclass
@@ -66,8 +69,9 @@ class DiffusionTrainer(SafeTrainer):
     Args:
         model (`DiffusionModel`), args (`PretrainingArguments`): As of `Trainer`.
         vae (`Any`): What turns sampled latents into pixels; `None` for a DiT on pixels.
-        fingerprint (`str`, *optional*): Of the images. A checkpoint of other ones is refused: held out there, they may
-            be trained on here.
+        began_with (`dict[str, Any]`, *optional*): What is held out, and how the loss is measured, depend on it, as
+            JSON; "images" is their fingerprint. A checkpoint of something else is refused: it may have learnt from
+            what is held out here, and its losses are others.
         kwargs: Of `Trainer`.
     """
 
@@ -77,7 +81,7 @@ class DiffusionTrainer(SafeTrainer):
         args: PretrainingArguments,
         *,
         vae: Any,
-        fingerprint: str | None = None,
+        began_with: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if args.n_gpu > 1:
@@ -85,7 +89,7 @@ class DiffusionTrainer(SafeTrainer):
             logger.warning("This process trains on 1 of %d GPUs: accelerate launch --multi_gpu uses all.", args.n_gpu)
             args._n_gpu = 1
         super().__init__(model, args, data_collator=default_collate, **kwargs)
-        self.vae, self.fingerprint = vae, fingerprint
+        self.vae, self.began_with = vae, began_with or {}
         self._started: float | None = None
         self._minutes_before: float | None = None
         self.add_callback(EpochCallback())
@@ -127,22 +131,23 @@ class DiffusionTrainer(SafeTrainer):
         return batches, num_images
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As `Trainer`; with the fingerprint of the images."""
+        """As `Trainer`; with what the run began with."""
         super()._save(output_dir, state_dict)
-        if self.args.should_save and self.fingerprint is not None:
+        if self.args.should_save and self.began_with:
             folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
-            (folder / FINGERPRINT).write_text(f"{self.fingerprint}\n", encoding="utf-8")
+            (folder / BEGAN_WITH).write_text(json.dumps(self.began_with, indent=2) + "\n", encoding="utf-8")
 
     def _checkpoint_to_load(self, wanted: str | bool | None) -> str | None:
-        """As of [`SafeTrainer`]."""
+        """As of [`SafeTrainer`]; one that did not begin with the same is refused."""
         checkpoint = super()._checkpoint_to_load(wanted)
-        file = Path(checkpoint or "", FINGERPRINT)
-        if checkpoint is None or self.fingerprint is None or not file.is_file():
-            return checkpoint
-        if file.read_text(encoding="utf-8").strip() != self.fingerprint:
+        before = {} if checkpoint is None else _began_with(Path(checkpoint))
+        changed = [name for name, value in self.began_with.items() if before.get(name, value) != value]
+        if changed:
+            others = ["other images" if name == "images" else f"another {name}" for name in changed]
             raise ValueError(
-                f"{checkpoint} has learnt from other images than there are now: some of those held out now may be "
-                "among them. Bring back the images, or begin anew in another --output_dir."
+                f"{checkpoint} is of a run with {', '.join(others)}: what is held out now may be what it has "
+                "learnt from, and its losses cannot be compared. Bring back what was there, or begin anew in another "
+                "--output_dir."
             )
         return checkpoint
 
@@ -201,3 +206,11 @@ class DiffusionTrainer(SafeTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
+
+
+def _began_with(checkpoint: Path) -> dict[str, Any]:
+    """What the run of a checkpoint began with, as far as it tells."""
+    if (file := checkpoint / BEGAN_WITH).is_file():
+        return json.loads(file.read_text(encoding="utf-8"))
+    file = checkpoint / FINGERPRINT
+    return {"images": file.read_text(encoding="utf-8").strip()} if file.is_file() else {}
