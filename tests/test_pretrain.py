@@ -20,7 +20,7 @@ from dit_detection import DiTForObjectDetection, InvalidDatasetError
 from dit_detection.commands import pretrain
 from dit_detection.commands.pretrain_options import parse_options
 from dit_detection.data import draw_shapes_dataset
-from dit_detection.pretraining.diffusion_model import DiffusionModel
+from dit_detection.pretraining.diffusion_model import DiffusionModel, is_flow
 from dit_detection.pretraining.diffusion_trainer import (
     BEGAN_WITH,
     FINGERPRINT,
@@ -31,7 +31,7 @@ from dit_detection.pretraining.image_sources import list_training_images
 from dit_detection.pretraining.image_views import CentreCrops, DecodedImages, FixedNoise, NoisedViews, RandomCrops
 from dit_detection.pretraining.latent_cache import cache_latents
 from dit_detection.pretraining.new_dit import new_dit, new_scheduler
-from dit_detection.pretraining.pipeline_folder import save_pipeline
+from dit_detection.pretraining.pipeline_folder import load_pipeline, save_pipeline
 from dit_detection.pretraining.run_cost import measure_step, step_cost
 from dit_detection.pretraining.sampling import sample_images
 from dit_detection.training.checkpoint_files import CHECKSUMS
@@ -216,6 +216,25 @@ def test_going_on_from_a_checkpoint_keeps_what_it_is(images, tmp_path, monkeypat
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert card.data.license == "cc-by-nc-4.0" and "no commercial use" in card.text
     assert str(tmp_path) not in card.text.replace(card.text[card.text.index("dit-detect pretrain") :], "")
+
+
+def test_a_scheduler_is_found_or_missed_aloud_and_never_guessed(tmp_path, caplog):
+    save_pipeline(tmp_path / "flow", new_dit("tiny", 16), new_scheduler("flow", on_pixels=True), None)
+    folder = str(tmp_path / "flow")
+    for source in (folder, f"{folder}/transformer", f"{folder}/transformer/"):
+        assert is_flow(load_pipeline(source)[1]), source
+    file = tmp_path / "flow" / "scheduler" / "scheduler_config.json"
+    for damaged in ('{"_class_name": "FlowM', "[]"):
+        file.write_text(damaged)
+        with pytest.raises(ValueError, match=r"scheduler_config\.json .*JSON"):
+            load_pipeline(f"{folder}/transformer")
+    file.unlink()
+    with pytest.raises(ValueError, match=r"flow.* is a pipeline without scheduler/scheduler_config\.json"):
+        load_pipeline(folder)
+    assert not caplog.text
+    shutil.copytree(tmp_path / "flow" / "transformer", tmp_path / "bare")
+    assert load_pipeline(str(tmp_path / "bare"))[1].config.prediction_type == "epsilon"
+    assert "bare has no scheduler, and is taken for a DiT that predicts the noise" in caplog.text
 
 
 def test_cached_latents_are_those_of_the_views(images, tmp_path):

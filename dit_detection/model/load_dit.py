@@ -44,7 +44,7 @@ def load_dit(
     if isinstance(source, DiTPipeline):
         transformer, autoencoder = source.transformer, source.vae
     elif isinstance(source, str | os.PathLike):
-        folder = _fetch(source, "source", ["*.json"])
+        folder = fetch_folder(source, "source", ["*.json"])
         subfolder = "transformer" if (folder / "transformer" / "config.json").is_file() else ""
         _check_is_dit(_read_config(folder, subfolder), source)
         transformer = _load_model(DiTTransformer2DModel, source, "source", subfolder)
@@ -154,8 +154,18 @@ def _check_fits(in_channels: int, autoencoder: AutoencoderKL | AutoencoderTiny |
         raise ValueError("vae has latents_mean or latents_std, which DiT pipelines ignore: set both to None.")
 
 
-def _fetch(source: str | os.PathLike, argument: str, patterns: list[str]) -> Path:
-    """The local folder of `source`, where files of these patterns are downloaded if it is a Hub id."""
+def fetch_folder(source: str | os.PathLike, argument: str, patterns: list[str]) -> Path:
+    """
+    The local folder of a source, where files of these patterns are downloaded if it is a Hub id.
+
+    Args:
+        source: Hub id or local folder.
+        argument (`str`): What errors call it.
+        patterns (`list[str]`): As of `snapshot_download`.
+
+    Raises:
+        `ValueError`: When it is neither.
+    """
     if os.path.isdir(source):
         return Path(source)
     try:
@@ -169,14 +179,24 @@ def _fetch(source: str | os.PathLike, argument: str, patterns: list[str]) -> Pat
 def _read_config(folder: Path, subfolder: str) -> dict[str, Any]:
     for path in (folder / subfolder / "config.json", folder / "model_index.json"):
         if path.is_file():
-            try:
-                config = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{path} is not valid JSON: {error}. Download it again.") from error
-            if not isinstance(config, dict):
-                raise ValueError(f"{path} must hold a JSON object, but is a {type(config).__name__}. Correct it.")
-            return config
+            return read_json(path)
     return {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    The JSON object in a file.
+
+    Raises:
+        `ValueError`: When it holds none.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}. Download it again.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object, but is a {type(config).__name__}. Correct it.")
+    return config
 
 
 def load_autoencoder(source: str | os.PathLike, argument: str) -> AutoencoderKL | AutoencoderTiny:
@@ -190,7 +210,7 @@ def load_autoencoder(source: str | os.PathLike, argument: str) -> AutoencoderKL 
     Raises:
         `ValueError`: When it is none that is supported, or a weight is missing, unexpected or misshapen.
     """
-    folder = _fetch(source, argument, ["*.json"])
+    folder = fetch_folder(source, argument, ["*.json"])
     subfolder = "vae" if (folder / "vae" / "config.json").is_file() else ""
     name = _read_config(folder, subfolder).get("_class_name")
     if name not in _AUTOENCODERS:
@@ -206,7 +226,7 @@ def _load_model(model_class: Any, source: str | os.PathLike, argument: str, subf
     prefix = f"{subfolder}/" if subfolder else ""
     for extension in ("safetensors", "bin"):
         patterns = [f"{prefix}diffusion_pytorch_model{part}.{extension}" for part in ("", "-*-of-*")]
-        folder = _fetch(source, argument, patterns)
+        folder = fetch_folder(source, argument, patterns)
         files = [file for pattern in patterns for file in folder.glob(pattern)]
         if files:
             break

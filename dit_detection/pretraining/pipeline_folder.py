@@ -1,14 +1,19 @@
 """Pipeline folders of diffusers: a DiT to go on from, and what is left behind."""
 
+import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel
-from huggingface_hub.errors import HFValidationError
+from diffusers import DiTPipeline, DiTTransformer2DModel
 
-from ..model.load_dit import load_dit
+from ..model.load_dit import fetch_folder, load_dit, read_json
 from .new_dit import new_scheduler
+
+logger = logging.getLogger(__name__)
+
+INDEX = DiTPipeline.config_name
 
 
 def load_pipeline(source: str, vae: str | None = "auto") -> tuple[DiTTransformer2DModel, Any, Any]:
@@ -20,11 +25,11 @@ def load_pipeline(source: str, vae: str | None = "auto") -> tuple[DiTTransformer
         vae (`str`, *optional*): As of [`load_dit`].
 
     Returns:
-        The transformer in float32, its scheduler, and its autoencoder or `None`. A bare transformer gets the noise
-        schedule of DiT, which predicts the noise.
+        The transformer in float32, its scheduler, and its autoencoder or `None`. A bare transformer that is not part
+        of a pipeline gets the noise schedule of DiT, which predicts the noise.
 
     Raises:
-        ValueError: If it is no DiT, or its scheduler is not one of diffusers.
+        ValueError: If it is no DiT, or its scheduler is lost, damaged or not one of diffusers.
     """
     loaded, autoencoder = load_dit(source, vae=vae)
     return loaded.float(), _load_scheduler(source), autoencoder
@@ -39,10 +44,18 @@ def save_pipeline(folder: str | os.PathLike, transformer: DiTTransformer2DModel,
 
 
 def _load_scheduler(source: str) -> Any:
-    try:
-        config: Any = DDPMScheduler.load_config(source, subfolder="scheduler")
-    except (OSError, HFValidationError):
+    folder = Path(os.path.abspath(fetch_folder(source, "source", ["*.json"])))
+    if folder.name == "transformer" and (folder.parent / INDEX).is_file():
+        folder = folder.parent  # of a pipeline, whose scheduler lies beside it
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        if (folder / INDEX).is_file():
+            raise ValueError(f"{source} is a pipeline without scheduler/{file.name}. Download it again.")
+        logger.warning(
+            "%s has no scheduler, and is taken for a DiT that predicts the noise, as the first ones.", source
+        )
         return new_scheduler("epsilon", on_pixels=False)
+    config = read_json(file)
     name = config.get("_class_name", "")
     scheduler_class = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     if scheduler_class is None:
