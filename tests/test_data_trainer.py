@@ -49,6 +49,8 @@ def test_evaluations_drop_no_image(make_trainer):
     assert count_images(trainer) == 4
     assert len(trainer.get_train_dataloader()) == 2  # of 20 images
     assert trainer.args.dataloader_drop_last
+    with pytest.raises(ValueError, match="20 images make no batch of 21"):
+        make_trainer(dataloader_drop_last=True, per_device_train_batch_size=21).train()
 
 
 @pytest.mark.slow

@@ -492,6 +492,36 @@ def test_two_processes_fill_up_the_last_batch_without_a_trace(images, tmp_path):
         assert losses == pytest.approx(expected, rel=1e-5)
 
 
+def held_out_loss(images, output_dir, batch_size, drop_last=False):
+    """Of 128 held-out views, of which batches of 48 leave 32."""
+    options = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "save_samples": False}
+    options |= {"per_device_eval_batch_size": batch_size, "dataloader_drop_last": drop_last}
+    return losses_of(images, output_dir, 4, **options)[-1]
+
+
+def test_no_view_is_left_out_of_the_held_out_loss_and_each_counts_as_much(images, tmp_path):
+    expected = held_out_loss(images, tmp_path, 128)
+    assert held_out_loss(images, tmp_path, 48) == pytest.approx(expected, rel=1e-6)
+    assert held_out_loss(images, tmp_path, 48, drop_last=True) == pytest.approx(expected, rel=1e-6)
+    assert held_out_loss(images, tmp_path, 200, drop_last=True) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.forks
+def test_the_held_out_loss_of_two_processes_is_that_of_one(images, tmp_path):
+    one, two = in_processes(2, held_out_loss, images, tmp_path, 48)
+    # Steps of 4 and of 8 images differ: the same ones are taken.
+    expected = losses_of(images, tmp_path, 8, max_steps=1, eval_strategy="steps", eval_steps=1, save_samples=False)[-1]
+    assert one == two == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_epoch_without_a_batch_is_no_training(images, tmp_path):
+    message = "8 images make no batch of 9, .*dataloader_drop_last"
+    with pytest.raises(ValueError, match=message):
+        trained_on(images, tmp_path, 9, dataloader_drop_last=True)
+    trained_on(images, tmp_path, 8, max_steps=1, eval_strategy="no", dataloader_drop_last=True)
+
+
 @pytest.mark.slow
 @pytest.mark.forks
 def test_two_processes_have_the_losses_of_one(images, tmp_path):

@@ -65,7 +65,7 @@ class DiffusionModel(nn.Module):
                 and batches; by default those counted here.
 
         Returns:
-            `dict`: `loss`, the sum over the images by their number.
+            `dict`: `loss`, the sum over the images by their number; and `loss_per_image` `(B,)`, without gradient.
         """
         clean = images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
         generators = [torch.Generator(clean.device).manual_seed(number) for number in seed.tolist()]
@@ -75,7 +75,7 @@ class DiffusionModel(nn.Module):
             losses = losses * is_counted
         if num_items_in_batch is None:
             num_items_in_batch = losses.new_tensor(len(losses)) if is_counted is None else is_counted.sum()
-        return {"loss": losses.sum() / num_items_in_batch}
+        return {"loss": losses.sum() / num_items_in_batch, "loss_per_image": losses.detach()}
 
     def loss_of(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """The mean loss of clean images with this noise, both `(B, C, H, W)`, at times `(B,)` in [0, 1)."""

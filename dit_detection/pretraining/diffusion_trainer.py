@@ -12,7 +12,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch.utils.data import default_collate
-from transformers import TrainingArguments
+from transformers import EvalPrediction, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from ..data import EpochCallback
@@ -88,7 +88,7 @@ class DiffusionTrainer(SafeTrainer):
             # DataParallel, which Trainer takes for them, would cut the number of images, too.
             logger.warning("This process trains on 1 of %d GPUs: accelerate launch --multi_gpu uses all.", args.n_gpu)
             args._n_gpu = 1
-        super().__init__(model, args, data_collator=default_collate, **kwargs)
+        super().__init__(model, args, data_collator=default_collate, compute_metrics=_mean_loss, **kwargs)
         self.vae, self.began_with = vae, began_with or {}
         self._started: float | None = None
         self._minutes_before: float | None = None
@@ -202,10 +202,20 @@ class DiffusionTrainer(SafeTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """The mean loss of a batch."""
+        """
+        What Trainer gathers of all processes, without the images that fill up the last batch.
+
+        Returns:
+            No loss (it is averaged over images, in the end); losses `(B,)`; and times `(B,)`, for Trainer averages
+            nothing that has no labels.
+        """
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
-        return loss.detach(), None, None
+            return None, model(**inputs)["loss_per_image"], inputs["time"]
+
+
+def _mean_loss(prediction: EvalPrediction) -> dict[str, float]:
+    return {"loss": float(prediction.predictions.mean())}
 
 
 def _began_with(checkpoint: Path) -> dict[str, Any]:

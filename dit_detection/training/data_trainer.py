@@ -1,4 +1,4 @@
-"""A Trainer that feeds a detector: rare classes more often, frozen parts once, every image of an evaluation."""
+"""A Trainer that feeds a detector: rare classes more often, frozen parts once, the data set that is asked for."""
 
 from typing import Any
 
@@ -20,8 +20,8 @@ class DataTrainer(CardTrainer):
     """
     A `Trainer` with the images as detection wants them.
 
-    Invariants: while training goes on from what a frozen part made of the data sets, and only then, that stands in
-    their place; no image is left out of an evaluation.
+    Invariant: while training goes on from what a frozen part made of the data sets, and only then, that stands in
+    their place.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -98,12 +98,3 @@ class DataTrainer(CardTrainer):
         if loader is not None and loader.dataset is not dataset:
             del loaders[name or "eval"]
         return super().get_eval_dataloader(eval_dataset)
-
-    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
-        """As `Trainer`; no image is left out of an evaluation."""
-        drop_last = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = drop_last and is_training
-        try:
-            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
-        finally:
-            self.args.dataloader_drop_last = drop_last

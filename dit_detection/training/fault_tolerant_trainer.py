@@ -11,8 +11,9 @@ import torch
 from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, has_length
 
 from .checkpoint_files import checkpoints_of
 from .ema import EmaCallback
@@ -83,6 +84,26 @@ class FaultTolerantTrainer(ShardedTrainer):
                 raise
             stopped = NonFiniteLossError if isinstance(error, NonFiniteLossError) else TrainingStoppedError
             raise stopped(f"{reason} {kept}".strip()) from error
+
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+        """
+        As `Trainer`; no image is left out of an evaluation.
+
+        Raises:
+            ValueError: There is no batch to train on, of which Trainer (5.23) makes a training without a step.
+        """
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+        if is_training and has_length(loader) and len(loader) == 0:
+            raise ValueError(
+                f"{len(loader.dataset)} images make no batch of {self._train_batch_size * self.args.world_size}, and "
+                "--dataloader_drop_last takes no smaller ones. Leave it out, or lower --per_device_train_batch_size."
+            )
+        return loader
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
