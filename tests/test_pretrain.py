@@ -412,7 +412,15 @@ def test_bad_images_are_refused_before_training(images, tmp_path):
         pretrain.main([*NEW, "--images", str(images), str(tmp_path), "--output_dir", str(run)])
     with pytest.raises(InvalidDatasetError, match="one image, and one must be held out"):
         pretrain.main([*NEW, "--images", str(images / "0.png"), "--output_dir", str(run)])
+    with pytest.raises(InvalidDatasetError, match="one image, and one must be held out"):
+        pretrain.main([*NEW, "--images", *[str(images / "0.png")] * 2, "--output_dir", str(run)])
     assert not run.exists()
+
+
+def test_one_image_at_least_is_trained_on(tmp_path, capsys):
+    argv = [*NEW, "--num_shapes", "2", "--validation_fraction", "0.9", "--output_dir", str(tmp_path / "run")]
+    pretrain.main([*argv, "--dry_run"])
+    assert "images      2, 1 of them held out" in capsys.readouterr().out
 
 
 def trained_on(images, output_dir, batch_size, max_steps=3, resume_from=None, began_with=None, **arguments):

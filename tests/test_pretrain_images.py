@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from dit_detection import InvalidDatasetError
@@ -189,6 +190,45 @@ def test_images_that_cannot_be_read_are_named_before_training(tmp_path):
     assert text.startswith("3 of 4 images cannot be read")
     assert all(f"{tmp_path / name}: " in text for name in ("cut.png", "empty.jpg", "text.jpg"))
     assert "good.png" not in text
+
+
+def test_an_image_that_is_lost_later_is_named_too(tmp_path):
+    path = save(tmp_path / "1.png")
+    save(tmp_path / "2.png", seed=1)
+    images = decoded([tmp_path], max_bytes=0)
+    path.write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=rf"^{path}: "):
+        images[0]
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"^{path}: "):
+        images[0]
+
+
+def test_rows_without_an_image_are_told_by_their_number(tmp_path):
+    content = {"bytes": save(tmp_path / "1.png").read_bytes(), "path": None}
+    (tmp_path / "set").mkdir()
+    rows = Dataset.from_dict({"image": [content, None]}, features=Features({"image": ImageFeature(decode=False)}))
+    rows.to_parquet(tmp_path / "set" / "train.parquet")
+    with pytest.raises(InvalidDatasetError, match=r"1 of 2 images cannot be read.*\n  image 1: has no image"):
+        decoded([tmp_path / "set"])
+
+
+def test_of_an_image_that_comes_twice_one_is_taken(tmp_path, caplog):
+    """Of two, one would be held out, and the other trained on."""
+    for index in range(3):
+        save(tmp_path / "a" / f"{index}.png", seed=index)
+    save(tmp_path / "b" / "copy.png", seed=1)
+    save(tmp_path / "b" / "new.png", seed=3)
+    once = decoded([tmp_path / "a"])
+    with caplog.at_level(logging.INFO):
+        twice = decoded([tmp_path / "a", tmp_path / "b" / ".." / "a"])
+        more = decoded([tmp_path / "b", tmp_path / "a"], max_bytes=0)
+    assert len(twice) == 3 and twice.fingerprint == once.fingerprint
+    assert "3 of 6 images are left out: each is there already" in caplog.text
+    assert len(more) == 4
+    for position, image in enumerate((once[1], None, once[0], once[2])):
+        if image is not None:
+            np.testing.assert_array_equal(more[position], image)
 
 
 def test_memory_changes_nothing_but_where_pixels_come_from(tmp_path):

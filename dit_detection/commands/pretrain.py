@@ -132,9 +132,13 @@ def _list_images(options: PretrainingOptions, image_size: int, seed: int, output
     if options.num_shapes:
         parts.append(draw_training_images(options.num_shapes, image_size, seed))
     rows = concatenate_datasets(parts)
-    if len(rows) < 2:
-        raise InvalidDatasetError("--images holds one image, and one must be held out. Name more.")
+    _check_number(len(rows))
     return rows
+
+
+def _check_number(num_images: int) -> None:
+    if num_images < 2:
+        raise InvalidDatasetError("--images holds one image, and one must be held out. Name more.")
 
 
 def _read_images(
@@ -147,6 +151,7 @@ def _read_images(
         psutil.virtual_memory().available // (2 * args.world_size),
         show_progress=args.process_index == 0 and not args.disable_tqdm,
     )
+    _check_number(len(images))  # without those that came twice
     logger.info("%d images, %d of them decoded in memory.", len(images), images.num_kept)
     if images.num_small:
         logger.info("%d of them are small: some crops of these are enlarged.", images.num_small)
@@ -178,7 +183,7 @@ def _datasets(
 
 
 def _num_held_out(num_images: int, options: PretrainingOptions) -> int:
-    return min(MAX_HELD_OUT, max(1, round(num_images * options.validation_fraction)))
+    return min(MAX_HELD_OUT, num_images - 1, max(1, round(num_images * options.validation_fraction)))
 
 
 def _facts(

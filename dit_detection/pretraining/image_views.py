@@ -1,6 +1,7 @@
 """Images without annotations as the model is fed them: decoded once, cropped anew in every epoch."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ from ..data import InvalidDatasetError
 from ..data.image_reading import UnreadableImageError, read_image
 from ..data.transforms import SharedEpoch
 
+logger = logging.getLogger(__name__)
+
 # Width by height of a crop, as in torchvision's RandomResizedCrop.
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 # Successive multiples of it, modulo 1, fill [0, 1) more evenly than random numbers.
@@ -31,7 +34,8 @@ class DecodedImages:
     """
     8-bit RGB pixels of images, decoded once and kept in memory as far as they fit.
 
-    They are kept no larger than crops need: the shorter side of larger ones becomes `side`.
+    They are kept no larger than crops need: the shorter side of larger ones becomes `side`. Of files with the same
+    content the first is taken, for of two one might be held out and the other trained on.
 
     Args:
         rows (`datasets.Dataset`): With an encoded column `image`.
@@ -51,15 +55,21 @@ class DecodedImages:
         self.rows = rows
         self.side = side
         self.num_small = 0
+        self._taken: list[int] = []  # rows
         self._kept: list[Array | None] = []
         faults: list[str] = []
+        seen: set[bytes] = set()
         num_bytes, digest = 0, hashlib.blake2b(digest_size=8)
-        for result in tqdm(self._read_all(), "Reading images", len(rows), disable=not show_progress):
+        for row, result in enumerate(tqdm(self._read_all(), "Reading images", len(rows), disable=not show_progress)):
             if isinstance(result, str):
                 faults.append(result)
                 continue
             pixels, content = result
+            if content in seen:
+                continue
+            seen.add(content)
             digest.update(content)
+            self._taken.append(row)
             self.num_small += min(pixels.shape[:2]) < side
             fits = num_bytes + pixels.nbytes <= max_bytes
             num_bytes += pixels.nbytes * fits
@@ -71,6 +81,8 @@ class DecodedImages:
             raise InvalidDatasetError(
                 f"{len(faults)} of {len(rows)} images cannot be read. Repair or remove them:{shown}{rest}"
             )
+        if num_repeated := len(rows) - len(self):
+            logger.info("%d of %d images are left out: each is there already.", num_repeated, len(rows))
 
     @property
     def num_kept(self) -> int:
@@ -81,15 +93,26 @@ class DecodedImages:
         return len(self._kept)
 
     def __getitem__(self, index: int) -> Array:
-        """An image `(H, W, 3)`."""
-        kept = self._kept[index]
-        return self._read(index)[0] if kept is None else kept
+        """
+        An image `(H, W, 3)`.
 
-    def _read(self, index: int) -> tuple[Array, bytes]:
+        Raises:
+            UnreadableImageError: It can no longer be read; the message begins with its name.
+        """
+        kept = self._kept[index]
+        return self._read(self._taken[index])[0] if kept is None else kept
+
+    def _read(self, row: int) -> tuple[Array, bytes]:
         """An image, and a hash of its file."""
-        encoded = self.rows[index]["image"]
-        content = Path(encoded["path"]).read_bytes() if encoded["bytes"] is None else encoded["bytes"]
-        image = read_image(content, max_pixels=None)
+        encoded = self.rows[row]["image"] or {"bytes": None, "path": None}
+        name = encoded["path"] or f"image {row}"
+        if encoded["bytes"] is None and not encoded["path"]:
+            raise UnreadableImageError(f"{name}: has no image. Remove the row.")
+        try:
+            content = Path(encoded["path"]).read_bytes() if encoded["bytes"] is None else encoded["bytes"]
+            image = read_image(content, max_pixels=None)
+        except (UnreadableImageError, OSError) as error:
+            raise UnreadableImageError(f"{name}: {error}") from error
         factor = self.side / min(image.size)
         if factor < 1:
             # JPEG's own reduction is not used: images must not depend on the format that they are stored in.
@@ -100,12 +123,11 @@ class DecodedImages:
     def _read_all(self) -> Iterator[tuple[Array, bytes] | str]:
         """Every image in turn, or what is wrong with it."""
 
-        def read(index: int) -> tuple[Array, bytes] | str:
+        def read(row: int) -> tuple[Array, bytes] | str:
             try:
-                return self._read(index)
-            except (UnreadableImageError, OSError) as error:
-                name = self.rows[index]["image"]["path"] or f"image {index}"
-                return f"{name}: {error}"
+                return self._read(row)
+            except UnreadableImageError as error:
+                return str(error)
 
         # Pillow releases the interpreter while it decodes. In pieces, so that no more than one is in memory twice.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
