@@ -163,6 +163,28 @@ def test_checkpoints_of_before_tell_the_images_alone(images, tmp_path):
     pretrained(2, checkpoint, began_with={"images": "a", "seed": 1})
 
 
+def test_a_folder_of_a_detector_is_not_written_into(tmp_path):
+    for name in ("config.json", "checkpoint-7/config.json", "adapter_config.json"):
+        run = tmp_path / name.replace("/", "-")
+        (run / name).parent.mkdir(parents=True)
+        (run / name).touch()
+        with pytest.raises(ValueError, match=f"{run} holds a detector .*{name}.* another --output_dir"):
+            pretrain.main([*NEW, "--num_shapes", "3", "--max_steps", "1", "--output_dir", str(run)])
+
+
+def test_an_autoencoder_of_an_earlier_run_is_not_left_behind(tmp_path):
+    (tmp_path / "vae").mkdir()  # nobody's
+    dit, scheduler = new_dit("tiny", 16), new_scheduler("sample", on_pixels=True)
+    for _ in range(2):
+        save_pipeline(tmp_path, dit, scheduler, None)
+        assert (tmp_path / "vae").is_dir()
+    latent_pipeline().save_pretrained(tmp_path)
+    save_pipeline(tmp_path, dit, scheduler, None)
+    assert not (tmp_path / "vae").exists()
+    detector = DiTForObjectDetection.from_diffusers(tmp_path, neck_channels=16, head_channels=[16])
+    assert detector.config.in_channels == 3
+
+
 def randomized(module):
     torch.manual_seed(0)
     for parameter in module.parameters():

@@ -16,6 +16,7 @@ import torch
 import transformers
 from datasets import Dataset, concatenate_datasets
 from transformers import set_seed
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from ..card.training_card import hardware_of
 from ..data import InvalidDatasetError
@@ -29,6 +30,7 @@ from ..pretraining.new_dit import new_dit, new_scheduler
 from ..pretraining.pipeline_folder import load_pipeline, save_pipeline
 from ..pretraining.pretraining_card import PretrainingFacts, write_pretraining_card
 from ..pretraining.run_cost import measure_encoding, measure_step, step_cost
+from ..training.checkpoint_files import checkpoints_of
 from .dry_run import duration_text, size_text
 from .pretrain_options import PretrainingOptions, parse_options
 from .train_options import shown_command
@@ -48,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         datasets.disable_progress_bars()
         transformers.logging.set_verbosity_error()
     set_seed(args.seed)
+    if not options.dry_run:
+        _refuse_detector(Path(str(args.output_dir)))
     model, vae = _load_model(options)
     image_size = _image_size(model, vae)
     with args.main_process_first(desc="listing the images"):
@@ -92,6 +96,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     trainer.accelerator.end_training()
     return metrics
+
+
+def _refuse_detector(folder: Path) -> None:
+    """`dit-detect train` writes to the same folder by default, and what reads it would take the detector."""
+    names = (CONFIG_NAME, ADAPTER_CONFIG_NAME)
+    found = [place / name for place in (folder, *checkpoints_of(folder)) for name in names if (place / name).is_file()]
+    if found:
+        raise ValueError(f"{folder} holds a detector ({found[0].relative_to(folder)}): name another --output_dir.")
 
 
 def _load_model(options: PretrainingOptions) -> tuple[DiffusionModel, Any]:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,16 @@ def load_pipeline(source: str, vae: str | None = "auto") -> tuple[DiTTransformer
 
 
 def save_pipeline(folder: str | os.PathLike, transformer: DiTTransformer2DModel, scheduler: Any, vae: Any) -> None:
-    """Write a folder that `DiTPipeline.from_pretrained` reads (without an autoencoder: with `vae=None`)."""
+    """
+    Write a folder that `DiTPipeline.from_pretrained` reads (without an autoencoder: with `vae=None`).
+
+    The autoencoder of a pipeline that was there before goes, if there is none now: readers would take it for its own.
+    """
     pipeline = DiTPipeline(transformer, vae, scheduler)
     if vae is None:
+        index = Path(folder, INDEX)
+        if index.is_file() and read_json(index).get("vae", [None])[0] is not None:
+            shutil.rmtree(Path(folder, "vae"), ignore_errors=True)
         pipeline._optional_components = ["vae"]  # or diffusers warns that None cannot be saved
     pipeline.save_pretrained(os.fspath(folder))
 
