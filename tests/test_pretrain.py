@@ -102,6 +102,17 @@ def test_pretrain_shows_and_tells_what_it_did(pretrained):
     assert (folder / "loss.png").is_file()
 
 
+def test_what_was_trained_is_saved_before_the_last_evaluation(tmp_path, monkeypatch):
+    def fail(self):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(DiffusionTrainer, "evaluate", fail)
+    argv = [*NEW, "--num_shapes", "3", "--max_steps", "1", "--save_strategy", "no", "--eval_strategy", "no"]
+    with pytest.raises(RuntimeError, match="no room"):
+        pretrain.main([*argv, "--output_dir", str(tmp_path)])
+    assert DiTPipeline.from_pretrained(tmp_path, vae=None).transformer.config.sample_size == 16
+
+
 @pytest.mark.slow
 def test_a_compiled_model_is_saved_as_any_other(images, tmp_path):
     argv = [*NEW, "--images", str(images), "--max_steps", "1", "--save_strategy", "no", "--save_samples", "False"]
@@ -418,6 +429,9 @@ def test_defaults_are_those_of_the_size_unless_the_user_says_otherwise():
         (["--validation_fraction", "1"], "--validation_fraction 1.0 must lie between"),
         (["--ema_decay", "1"], "--ema_decay 1.0 must be below 1"),
         (["--images", "x", "--num_views", "0"], "--num_views must be 1 or more"),
+        (["--bf16_full_eval", "True"], "--bf16_full_eval casts the weights"),
+        (["--fp16_full_eval", "True"], "--fp16_full_eval casts the weights"),
+        (["--batch_eval_metrics", "True"], "--batch_eval_metrics is for metrics"),
         (["--push_to_hub", "True", "--output_dir", "x"], "hf upload USER/NAME x"),
     ],
 )

@@ -72,19 +72,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     trainer = DiffusionTrainer(model, args, vae=vae, began_with=began_with, train_dataset=train, eval_dataset=held_out)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     minutes = trainer.state.log_history[-1].get("minutes", 0.0)
-    metrics = trainer.evaluate()
-    trainer.save_metrics("eval", metrics)
-    trainer.save_state()
-
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     weights = {name.replace(COMPILED, ""): weight for name, weight in weights.items()}
+    folder = Path(str(args.output_dir))
     if trainer.is_world_process_zero():
-        folder = Path(str(args.output_dir))
         trained = DiffusionModel(type(model.transformer).from_config(model.transformer.config), model.scheduler)
         trained.load_state_dict(weights)
         if options.save_dtype != "float32":
             trained.transformer.to(getattr(torch, options.save_dtype))
         save_pipeline(folder, trained.transformer, model.scheduler, vae)
+
+    metrics = trainer.evaluate()
+    trainer.save_metrics("eval", metrics)
+    trainer.save_state()
+    if trainer.is_world_process_zero():
         facts = _facts(options, args, trainer, images, shown_command(argv, "pretrain"), minutes)
         samples = trainer.samples_dir / f"step-{trainer.state.global_step:07d}.png"
         write_pretraining_card(folder, facts, trainer.state.log_history, samples if samples.is_file() else None)

@@ -103,6 +103,11 @@ def parse_options(argv: list[str]) -> tuple[PretrainingOptions, PretrainingArgum
         parser.error(f"--crop_area {options.crop_area} must lie above 0 and up to 1.")
     if not 0 < options.validation_fraction < 1:
         parser.error(f"--validation_fraction {options.validation_fraction} must lie between 0 and 1.")
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name):
+            parser.error(f"--{name} casts the weights, which are still trained and saved. Leave it out.")
+    if args.batch_eval_metrics:
+        parser.error("--batch_eval_metrics is for metrics that take memory, and there are none. Leave it out.")
     if args.push_to_hub:
         parser.error(
             "--push_to_hub: what is left behind is a pipeline, which the Trainer cannot push. When it is done: "
