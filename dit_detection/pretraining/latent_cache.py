@@ -129,9 +129,18 @@ def _reserve(path: Path, shape: tuple[int, ...]) -> None:
     logger.info(
         "The latents of %d views of %d images are kept in %s: %.2f GB.", *shape[:2], path.parent, num_bytes / 1e9
     )
+    advice = "Keep fewer views (--num_views), or let HF_DATASETS_CACHE name another disk."
     if num_bytes * 1.02 > free:
         raise OSError(
-            f"The latents take {num_bytes / 1e9:.2f} GB, but {path.parent} has {free / 1e9:.2f} GB free. Keep fewer "
-            "views (--num_views), or let HF_DATASETS_CACHE name another disk."
+            f"The latents take {num_bytes / 1e9:.2f} GB, but {path.parent} has {free / 1e9:.2f} GB free. {advice}"
         )
     np.lib.format.open_memmap(os.fspath(path), mode="w+", dtype=np.float16, shape=shape).flush()
+    if not hasattr(os, "posix_fallocate"):
+        return
+    # The file has its length, but no room yet: on a disk that fills up later, writing to it would kill the process.
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        path.unlink()
+        raise OSError(f"{path.parent} has no room for the latents: {error}. {advice}") from error
