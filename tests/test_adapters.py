@@ -421,6 +421,24 @@ def test_the_commands(pixels, tmp_path, monkeypatch):
     assert is_adapter(out) and not (out / "model.safetensors").exists() and not (out / "config.json").exists()
 
 
+def test_an_adapter_in_the_folder_of_its_base(dataset, tmp_path):
+    """The run writes over what is there, the detector and its checkpoints: the adapter has a copy."""
+    from dit_detection.commands import evaluate, train
+
+    dataset.save_to_disk(str(tmp_path / "shapes"))
+    job = ["--dataset", str(tmp_path / "shapes"), "--bf16", "False", "--disable_tqdm", "True", "--num_train_epochs"]
+    for base in ("", "checkpoint-1"):
+        out = tmp_path / f"run{base}"
+        train.main([*job, "1", "--output_dir", str(out), "--random_dit", "tiny", "--image_size", "48", "64"])
+        again = ["--output_dir", str(out), "--model", str(out / base), "--lora_r", "2"]
+        for more in (["1"], ["2", "--resume_from_checkpoint", "last"]):
+            metrics = train.main([*job, *more, *again])
+            assert is_adapter(out) and not is_adapter(out / "base")
+            assert load_detector(out).config.id2label == id2label_of(dataset)
+        found = evaluate.main([str(out), "--dataset", str(tmp_path / "shapes"), "--split", "validation"])
+        assert found["validation_loss"] == pytest.approx(metrics["validation_loss"], abs=1e-4)
+
+
 def test_a_dry_run_does_not_count_lora():
     from dit_detection.commands.train_options import parse_options
 

@@ -195,6 +195,9 @@ def _load_model(
         model.freeze_backbone(None if model_args.freeze_layers < 0 else model_args.freeze_layers)
     if model_args.lora_r is None:
         return model, image_processor
+    run_dir, named = Path(args.output_dir).resolve(), Path(model.name_or_path).resolve()
+    if named.is_dir() and named != run_dir / BASE and run_dir in (named, *named.parents):
+        is_saved = False  # not for long: this run writes over what is in its folder
     if not is_saved:
         # An adapter is worth nothing without what it was trained on.
         model.name_or_path = str(Path(args.output_dir) / BASE)
