@@ -386,6 +386,15 @@ def test_training_goes_on_from_the_one_before(finished, make_trainer, whole, tmp
     assert damage_of(run / "checkpoint-8") is None  # written again
 
 
+def test_a_run_that_is_done_takes_no_step(finished, make_trainer, whole, tmp_path):
+    """Its 8 steps end within its second epoch, of 6."""
+    shutil.copytree(finished, tmp_path / "run")
+    trainer = make_trainer()
+    trainer.train(resume_from_checkpoint="last")
+    assert trainer.state.global_step == STEPS
+    assert_equal(trainer.model.state_dict(), whole[None][STEPS])
+
+
 def test_a_damaged_checkpoint_is_not_taken_by_name(finished, make_trainer, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     flip(run / "checkpoint-6" / "model.safetensors")
@@ -452,6 +461,7 @@ def test_early_stopping_goes_on_counting(make_trainer, tmp_path):
         shutil.rmtree(checkpoint)
     assert last_whole_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-4"
     assert train(resume_from_checkpoint="last") == 8
+    assert train(resume_from_checkpoint="last") == 8  # it has stopped
     assert train(patience=5, resume_from_checkpoint="last") == 12  # what is asked for now, and not then
 
 

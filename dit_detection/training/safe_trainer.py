@@ -9,7 +9,7 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 from torch import nn
-from transformers import TrainerState
+from transformers import EarlyStoppingCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy, TrainOutput, has_length
 from transformers.utils import (
@@ -84,8 +84,8 @@ class SafeTrainer(FaultTolerantTrainer):
         trial: Any,
     ) -> tuple[int, int]:
         """
-        As `Trainer`, which (5.23) forgets the best checkpoint of a run whose folder was moved, and takes the steps of
-        all passes through a stream for those of one.
+        As `Trainer`, which (5.23) forgets the best checkpoint of a run whose folder was moved, goes on with a run that
+        ended within an epoch, and takes the steps of all passes through a stream for those of one.
         """
         found = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
@@ -97,10 +97,15 @@ class SafeTrainer(FaultTolerantTrainer):
         if self.state.best_model_checkpoint is None and saved.best_model_checkpoint is not None:
             moved = Path(resume_from_checkpoint).parent / Path(saved.best_model_checkpoint).name
             self.state.best_model_checkpoint = str(moved) if moved.is_dir() else None
+        has_stopped = any(
+            isinstance(callback, EarlyStoppingCallback)
+            and callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+        )
+        if has_stopped or self.state.global_step >= max_steps:
+            return num_train_epochs, 0  # done
         if has_length(self.train_dataset):
             return found
-        if self.state.global_step >= max_steps:
-            return num_train_epochs, 0  # done
         num_passes = int(saved.epoch or 0)
         share = 0.0 if self.args.ignore_data_skip else (saved.epoch or 0) - num_passes
         return num_passes, round(share * saved.max_steps * self.args.gradient_accumulation_steps)
