@@ -289,6 +289,10 @@ def base(tiny_model, dataset, tmp_path):
     return tmp_path / "base"
 
 
+def shapes_of(dataset):
+    return list(id2label_of(dataset).values())
+
+
 def weights_of(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -379,6 +383,8 @@ def test_the_commands(pixels, tmp_path, monkeypatch):
     made = (out / "base" / "config.json").read_bytes()
     resumed = ["--num_train_epochs", "2", "--resume_from_checkpoint", "last"]
     metrics = train.main([*job, "--random_dit", "tiny", *resumed])
+    with pytest.raises(ValueError, match=r"base is of another detector: classes circle, .* begin anew"):
+        train.main([*job, "--random_dit", "tiny", *resumed, "--class_names", *reversed(shapes_of(shapes))])
     assert (out / "base" / "config.json").read_bytes() == made
     convert.main([str(out), str(tmp_path / "merged")])
     with torch.no_grad():

@@ -10,6 +10,8 @@ from dit_detection import (
     DetectionTrainer,
     DetectionTrainingArguments,
     DiTDetectionImageProcessor,
+    DiTForObjectDetection,
+    add_lora,
 )
 from dit_detection.data import draw_shapes_dataset
 from dit_detection.training.trainer import PADDING, parameter_groups
@@ -29,6 +31,11 @@ def make_trainer(tiny_model, dataset, tmp_path):
         return tiny_training.make_trainer(tiny_model(**label_fields(dataset)), dataset, tmp_path, **arguments)
 
     return make
+
+
+def class_fields(names):
+    label2id = {name: label for label, name in enumerate(names)}
+    return {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": label2id}
 
 
 def test_defaults_need_no_knowledge_of_the_trainer():
@@ -183,6 +190,48 @@ def test_a_resumed_run_keeps_the_anchors_of_its_checkpoint(tiny_model, dataset, 
     assert resumed.model.config.anchor_sizes != anchors["anchor_sizes"]
     resumed.train(resume_from_checkpoint="last")
     assert {name: getattr(resumed.model.config, name) for name in anchors} == anchors
+
+
+def test_only_the_detector_of_a_checkpoint_goes_on_from_it(tiny_model, dataset, tmp_path):
+    """Of others the weights may fit, and mean something else."""
+    fields = label_fields(dataset)
+    tiny_training.make_trainer(tiny_model(**fields, base_model="a"), dataset, tmp_path / "run").train()
+    names = list(fields["id2label"].values())
+    others = {
+        "timestep 50 there, 700 here": {"timestep": 700},
+        "base_model 'a' there, 'b' here": {"base_model": "b"},
+        r"num_hidden_layers 2 there, 3 here; out_indices \[0, 1\] there": {"num_hidden_layers": 3},
+        f"classes {', '.join(names)} there, {', '.join(names[::-1])} here": class_fields(names[::-1]),
+        f"{names[-1]} there, {', '.join(names)}, new here": class_fields([*names, "new"]),
+    }
+    for message, changed in others.items():
+        model = tiny_model(**(fields | {"base_model": "a"} | changed))
+        resumed = tiny_training.make_trainer(model, dataset, tmp_path / "run", num_train_epochs=2)
+        with pytest.raises(ValueError, match=f"checkpoint-2 is of another detector: .*{message}.* begin anew"):
+            resumed.train(resume_from_checkpoint="last")
+
+
+@pytest.mark.slow
+def test_adapters_go_on_from_adapters_of_their_base(tiny_model, dataset, tmp_path):
+    pytest.importorskip("peft")
+    names = list(label_fields(dataset)["id2label"].values())
+    for folder, order in (("base", names), ("other", names[::-1])):
+        tiny_model(**class_fields(order)).save_pretrained(tmp_path / folder)
+
+    def make(run, base, lora, epochs=2):
+        model = DiTForObjectDetection.from_pretrained(tmp_path / base)
+        model = add_lora(model, 2) if lora else model
+        return tiny_training.make_trainer(model, dataset, tmp_path / run, num_train_epochs=epochs)
+
+    make("adapter", "base", True, 1).train()
+    make("detector", "base", False, 1).train()
+    make("adapter", "base", True).train(resume_from_checkpoint="last")
+    with pytest.raises(ValueError, match=f"is of another detector: classes {', '.join(names)} there"):
+        make("adapter", "other", True).train(resume_from_checkpoint="last")
+    with pytest.raises(ValueError, match=r"is of a detector, and what is to be trained is an adapter.*--lora_r"):
+        make("detector", "base", True).train(resume_from_checkpoint="last")
+    with pytest.raises(ValueError, match="is of an adapter, and what is to be trained is a detector"):
+        make("adapter", "base", False).train(resume_from_checkpoint="last")
 
 
 def test_one_process_takes_one_gpu(tiny_model, tmp_path, caplog):

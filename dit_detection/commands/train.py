@@ -36,6 +36,7 @@ from ..model.modeling_dit_detection import DiTForObjectDetection
 from ..small_dit import DETECTORS, SMALL_DIT, write_small_dit
 from ..training.checkpoint_files import checkpoints_of
 from ..training.frozen_cache import canvas_of
+from ..training.resumed_model import refuse_another
 from ..training.trainer import DetectionTrainer
 from ..training.training_args import DetectionTrainingArguments
 from .dry_run import describe_cost
@@ -174,14 +175,17 @@ def _load_model(
 ) -> tuple[nn.Module, DiTDetectionImageProcessor]:
     """The detector that training begins with, frozen and with LoRA as the options say, and its image processor."""
     source = model_args.model
-    detector = None if model_args.lora_r is None else _base_to_resume(args)
+    base_to_resume = detector = None if model_args.lora_r is None else _base_to_resume(args)
     if detector is None and source is not None and _is_detector(source):
         canvas = canvas_of(DiTDetectionImageProcessor.from_pretrained(source))
         _refuse_what_is_settled(model_args, AutoConfig.from_pretrained(source), canvas, overrides)
         detector = source
     if detector is not None:
         model, image_processor = _load_detector(detector, model_args, dataset, overrides)
-        is_saved = model.config.to_dict() == AutoConfig.from_pretrained(detector).to_dict()
+        saved = AutoConfig.from_pretrained(detector)
+        if base_to_resume is not None:
+            refuse_another(base_to_resume, saved, model.config)  # before it is written over
+        is_saved = model.config.to_dict() == saved.to_dict()
     else:
         model, image_processor = _make_detector(model_args, dataset, args, overrides)
         is_saved = False

@@ -1,6 +1,5 @@
 """The HF Trainer for detection: learning rates per depth, exact mAP at any batch size and process count."""
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, EvalPrediction
 from transformers.trainer_utils import BestRun, TrainOutput
-from transformers.utils import CONFIG_NAME
 
 from ..adapters import detector_of
 from ..card.detection_report import ImageDetections
@@ -22,6 +20,7 @@ from .ema import EmaCallback
 from .fault_tolerant_trainer import NonFiniteLossError
 from .global_batch import match_global_batch
 from .hp_search import eval_map, hp_space
+from .resumed_model import resumed_config
 from .safe_trainer import SafeTrainer
 from .training_args import DetectionTrainingArguments
 
@@ -103,12 +102,15 @@ class DetectionTrainer(DataTrainer, SafeTrainer):
         """
         As of [`SafeTrainer`]; the model gets the anchors of the checkpoint, whose head has learnt with those: they are
         no weights, and `dit-detect train` fits them to images, of which there may be more now.
+
+        Raises:
+            ValueError: The checkpoint is of another detector.
         """
         checkpoint = super()._checkpoint_to_load(wanted)
         self._resumed_anchors = {}
-        if checkpoint is not None and (file := Path(checkpoint, CONFIG_NAME)).is_file():
-            saved = json.loads(file.read_text(encoding="utf-8"))
-            self._resumed_anchors = {name: saved[name] for name in ("anchor_sizes", "aspect_ratios") if name in saved}
+        saved = None if checkpoint is None else resumed_config(Path(checkpoint), self.model)
+        if saved is not None:
+            self._resumed_anchors = {name: getattr(saved, name) for name in ("anchor_sizes", "aspect_ratios")}
             config = detector_of(self.model).config
             if any(getattr(config, name) != value for name, value in self._resumed_anchors.items()):
                 logger.warning(
