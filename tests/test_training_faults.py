@@ -395,6 +395,26 @@ def test_a_run_that_is_done_takes_no_step(finished, make_trainer, whole, tmp_pat
     assert_equal(trainer.model.state_dict(), whole[None][STEPS])
 
 
+def test_what_is_no_checkpoint_is_refused(finished, make_trainer, tmp_path):
+    """With the weights and no optimizer training would begin anew, unnoticed."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    for name in ("model.safetensors", "trainer_state.json"):  # as `save_model` and `save_state` leave them
+        shutil.copy(run / "checkpoint-8" / name, run)
+    trainer = make_trainer()
+    with pytest.raises(ValueError, match=r"run is the folder of a run, .* takes 'last', .* such as .*checkpoint-8\."):
+        trainer.train(resume_from_checkpoint=str(run))
+    for checkpoint in checkpoints_of(run):
+        shutil.rmtree(checkpoint)
+    for wanted in (run, tmp_path / "nowhere", "True"):
+        with pytest.raises(ValueError, match=r"is no checkpoint: .* takes a folder checkpoint-N, or 'last'"):
+            trainer.train(resume_from_checkpoint=str(wanted))
+    # One of another trainer has no checksums.
+    other = shutil.copytree(finished / "checkpoint-6", tmp_path / "of-another")
+    (other / "SHA256SUMS").unlink()
+    trainer.train(resume_from_checkpoint=str(other))
+    assert trainer.state.global_step == STEPS
+
+
 def test_a_damaged_checkpoint_is_not_taken_by_name(finished, make_trainer, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     flip(run / "checkpoint-6" / "model.safetensors")

@@ -67,7 +67,7 @@ class SafeTrainer(FaultTolerantTrainer):
 
         Raises:
             TrainingStoppedError: As of [`FaultTolerantTrainer`].
-            ValueError: The checkpoint is not whole.
+            ValueError: The checkpoint is not whole, or is none.
             OSError: The folder for checkpoints cannot be written to.
         """
         checkpoint = self._checkpoint_to_load(resume_from_checkpoint)
@@ -208,8 +208,20 @@ def _prepare_run_dir(run_dir: Path, is_new: bool) -> None:
 
 def _checked(checkpoint: Path) -> Path:
     """A checkpoint that the user named; one of another trainer has no checksums, and is taken as it is."""
-    damage = damage_of(checkpoint) if (checkpoint / CHECKSUMS).is_file() else None
-    if damage is not None:
+    if others := checkpoints_of(checkpoint):
+        raise ValueError(
+            f"{checkpoint} is the folder of a run, not a checkpoint: resume_from_checkpoint takes 'last', with that "
+            f"output_dir, or one of its checkpoints, such as {others[-1]}."
+        )
+    if not (checkpoint / CHECKSUMS).is_file():
+        # DeepSpeed has its optimizer in a folder of the step's name.
+        parts = {path.name for path in checkpoint.glob("*") if path.name.startswith(("optimizer", "global_step"))}
+        if not parts or not (checkpoint / TRAINER_STATE_NAME).is_file():
+            raise ValueError(
+                f"{checkpoint} is no checkpoint: {TRAINER_STATE_NAME} or the optimizer is missing. "
+                "resume_from_checkpoint takes a folder checkpoint-N, or 'last'; --model takes weights alone."
+            )
+    elif damage := damage_of(checkpoint):
         raise ValueError(
             f"{checkpoint} is not whole: {damage}. resume_from_checkpoint='last' goes on from the last whole one."
         )
