@@ -212,6 +212,20 @@ def test_only_the_detector_of_a_checkpoint_goes_on_from_it(tiny_model, dataset, 
 
 
 @pytest.mark.slow
+def test_rates_are_those_of_the_checkpoint_and_it_says_so(make_trainer, caplog):
+    make_trainer(weight_decay=0.25, layer_decay=1.0).train()
+    again = {"num_train_epochs": 2, "layer_decay": 1.0}
+    make_trainer(weight_decay=0.25, **again).train(resume_from_checkpoint="last")
+    assert "asked for" not in caplog.text
+    changed = make_trainer(weight_decay=0.5, learning_rate=1e-3, **(again | {"num_train_epochs": 3}))
+    changed.train(resume_from_checkpoint="last")
+    assert {group["weight_decay"] for group in changed.optimizer.param_groups} == {0.0, 0.25}
+    assert "such as (0.0001, 0.25), and not with those that are asked for, (0.001, 0.5)" in caplog.text
+    with pytest.raises(ValueError, match=r"checkpoint-6 is of other weights, .*number.*--freeze_layers, --l"):
+        make_trainer(num_train_epochs=4).train(resume_from_checkpoint="last")
+
+
+@pytest.mark.slow
 def test_adapters_go_on_from_adapters_of_their_base(tiny_model, dataset, tmp_path):
     pytest.importorskip("peft")
     names = list(label_fields(dataset)["id2label"].values())

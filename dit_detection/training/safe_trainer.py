@@ -67,7 +67,7 @@ class SafeTrainer(FaultTolerantTrainer):
 
         Raises:
             TrainingStoppedError: As of [`FaultTolerantTrainer`].
-            ValueError: The checkpoint is not whole, or is none.
+            ValueError: The checkpoint is not whole, or is none; or its optimizer is of other weights.
             OSError: The folder for checkpoints cannot be written to.
         """
         checkpoint = self._checkpoint_to_load(resume_from_checkpoint)
@@ -109,6 +109,36 @@ class SafeTrainer(FaultTolerantTrainer):
         num_passes = int(saved.epoch or 0)
         share = 0.0 if self.args.ignore_data_skip else (saved.epoch or 0) - num_passes
         return num_passes, round(share * saved.max_steps * self.args.gradient_accumulation_steps)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As `Trainer`; says which rates are those of the checkpoint, and not those that are asked for."""
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        asked = self._rates_and_decays()
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise ValueError(
+                f"The optimizer of {checkpoint} is of other weights, or of others together: {error}. Which weights "
+                "train, and which at one rate, must be as in that run (--freeze_layers, --layer_decay, --lora_r), or "
+                "begin anew in another output_dir; --model takes the weights along."
+            ) from error
+        for restored, given in zip(self._rates_and_decays(), asked, strict=True):
+            if restored != given:
+                logger.warning(
+                    "Training goes on with the learning rates and weight decays of %s, such as %s, and not with those "
+                    "that are asked for, %s. For these begin anew in another output_dir; --model takes the weights "
+                    "along.",
+                    checkpoint,
+                    restored,
+                    given,
+                )
+                break
+
+    def _rates_and_decays(self) -> list[tuple[float | None, float | None]]:
+        """Of each group of weights; no rate where the schedule keeps none of before it began."""
+        return [(group.get("initial_lr"), group.get("weight_decay")) for group in self.optimizer.param_groups]
 
     def _run_epoch(self, model: nn.Module, **kwargs: Any) -> None:
         """As `Trainer`; the pass before, through a stream, may have ended within a step, and left its gradients."""
