@@ -1,8 +1,10 @@
 """What the options of `dit-detect train` come to, and which are refused; most of it without a step of training."""
 
 import json
+import math
 
 import pytest
+import torch
 from coco_folder import write_shapes_as_coco
 from tiny_training import TINY
 
@@ -153,6 +155,34 @@ def test_class_weights_stay_with_their_classes(tiny_model, coco_set, tmp_path):
         DiTDetectionImageProcessor(size={"max_height": 48, "max_width": 64}).save_pretrained(tmp_path / kind)
         train.main([*options, "--model", str(tmp_path / kind), "--output_dir", str(tmp_path / "out" / kind)])
         assert json.loads((tmp_path / "out" / kind / "config.json").read_text())["class_weights"] == expected
+
+
+def test_the_class_layer_is_that_of_the_classes(tiny_model, coco_set, tmp_path, caplog):
+    """As many other classes, or the same in another order, begin with none of what it scored before."""
+    dataset = load_detection_dataset(coco_set)
+    names = list(id2label_of(dataset).values())
+    for kind, classes in (
+        ("same", names),
+        ("order", names[::-1]),
+        ("others", list("abcde")),
+        ("more", list("abcdef")),
+    ):
+        label2id = {name: label for label, name in enumerate(classes)}
+        given = tiny_model(num_labels=len(classes), id2label=dict(enumerate(classes)), label2id=label2id)
+        given.save_pretrained(tmp_path / kind)
+        DiTDetectionImageProcessor(size=64).save_pretrained(tmp_path / kind)
+        model_args, _, _ = parse_options(["--model", str(tmp_path / kind)])
+        caplog.clear()
+        model, _ = train._load_detector(str(tmp_path / kind), model_args, dataset, {})
+        assert list(model.config.id2label.values()) == names
+        assert torch.equal(model.head.box_predictor.weight, given.head.box_predictor.weight)
+        layer = model.head.class_predictor
+        if kind == "same":
+            assert torch.equal(layer.weight, given.head.class_predictor.weight) and not caplog.text
+        else:
+            assert layer.weight.std().item() == pytest.approx(0.01, rel=0.2)
+            assert (layer.bias + math.log(99)).abs().max() < 1e-6  # every class at its prior, 0.01
+            assert "starts afresh: its classes are" in caplog.text
 
 
 def test_what_the_card_calls_the_data(tmp_path, monkeypatch):

@@ -234,7 +234,7 @@ def _base_to_resume(args: DetectionTrainingArguments) -> str | None:
 def _load_detector(
     source: str, model_args: ModelArguments, dataset: DatasetDict | IterableDatasetDict, overrides: dict[str, Any]
 ) -> tuple[DiTForObjectDetection, DiTDetectionImageProcessor]:
-    """A detector to go on from; for other classes its class layer starts afresh."""
+    """A detector to go on from; for other classes, or another order of them, its class layer starts afresh."""
     image_processor = DiTDetectionImageProcessor.from_pretrained(source)
     id2label = id2label_of(dataset)
     fields: dict[str, Any] = {
@@ -242,11 +242,23 @@ def _load_detector(
         "id2label": id2label,
         "label2id": {name: index for index, name in id2label.items()},
     }
-    if AutoConfig.from_pretrained(source).id2label != id2label:
+    own = AutoConfig.from_pretrained(source).id2label
+    if own != id2label:
         fields["class_weights"] = None  # those that it has are of its own classes
+        logger.warning(
+            "The class layer of %s starts afresh: its classes are %s, and those of the data %s. For the same ones in "
+            "its order: --class_names.",
+            source,
+            [own[label] for label in sorted(own)],
+            list(id2label.values()),
+        )
     model = DiTForObjectDetection.from_pretrained(
         source, ignore_mismatched_sizes=True, dtype=torch.float32, **(fields | overrides)
     )
+    if own != id2label:  # of as many, what was loaded fits, and would score others
+        for parameter in model.head.class_predictor.parameters():
+            parameter._is_hf_initialized = False
+        model.head.class_predictor.init_own_weights()
     return model, image_processor
 
 
