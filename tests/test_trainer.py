@@ -5,6 +5,7 @@ import tiny_training
 import torch
 from tiny_training import label_fields
 from torch import nn
+from transformers import TrainerCallback
 
 from dit_detection import (
     DetectionTrainer,
@@ -31,6 +32,16 @@ def make_trainer(tiny_model, dataset, tmp_path):
         return tiny_training.make_trainer(tiny_model(**label_fields(dataset)), dataset, tmp_path, **arguments)
 
     return make
+
+
+class Watch(TrainerCallback):
+    """Looks at the model at the end of each epoch."""
+
+    def __init__(self, look):
+        self.look = look
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        self.look(model)
 
 
 def class_fields(names):
@@ -76,6 +87,12 @@ def test_a_rising_map_is_no_plateau(make_trainer, monkeypatch):
 def test_options_that_cannot_work_are_refused_at_once(option, value):
     with pytest.raises(ValueError, match=f"{option}={value} does not go with detection"):
         DetectionTrainingArguments("unused", use_cpu=True, **{option: value})
+
+
+@pytest.mark.parametrize("patience", [0, -1])
+def test_patience_is_for_one_evaluation_at_least(patience):
+    with pytest.raises(ValueError, match=f"early_stopping_patience={patience} must be 1 or more"):
+        DetectionTrainingArguments("unused", use_cpu=True, early_stopping_patience=patience)
 
 
 def test_images_without_labels_cannot_be_measured(make_trainer):
@@ -171,6 +188,18 @@ def test_trains_keeps_the_best_and_writes_its_card(make_trainer, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "Diffusion" in card.split("---")[2].strip().splitlines()[0]
     assert "shapes of the test" in card
+
+
+@pytest.mark.parametrize("metric", ["map", "eval_mar_100"])
+def test_where_nothing_can_be_measured_training_ends_with_the_last_weights(make_trainer, monkeypatch, caplog, metric):
+    trainer = make_trainer(num_train_epochs=3, early_stopping_patience=1, metric_for_best_model=metric)
+    monkeypatch.setattr(trainer, "compute_metrics", lambda prediction: {metric.removeprefix("eval_"): -1.0})
+    heads = []
+    trainer.add_callback(Watch(lambda model: heads.append(model.head.class_predictor.weight.detach().clone())))
+    trainer.train()
+    assert trainer.state.epoch == 3 and trainer.state.best_model_checkpoint is None
+    assert torch.equal(trainer.model.head.class_predictor.weight, heads[-1]) and not torch.equal(heads[0], heads[-1])
+    assert caplog.text.count("training ends with the last weights") == 1
 
 
 @pytest.mark.slow

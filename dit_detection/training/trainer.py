@@ -69,7 +69,7 @@ class DetectionTrainer(DataTrainer, SafeTrainer):
             self.add_callback(EmaCallback(self.args.ema_decay))
         if self.args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
-        self._has_made_optimizer = False
+        self._has_made_optimizer = self._has_told_of_undefined = False
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`; with `args.cache_frozen` the frozen part first runs over the data sets, once."""
@@ -121,6 +121,20 @@ class DetectionTrainer(DataTrainer, SafeTrainer):
                 )
                 config.update(self._resumed_anchors)
         return checkpoint
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As of [`SafeTrainer`]; -1, the mAP and the recall where no image has an object, is no score."""
+        name = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        if not name.startswith(("map", "mar")) or metrics.get(f"eval_{name}") != -1:
+            return super()._determine_best_metric(metrics, trial)
+        if not self._has_told_of_undefined:
+            logger.warning(
+                "%s is undefined, with no objects to measure it on: no checkpoint is the best, and training ends with "
+                "the last weights. Annotate validation images, or take --metric_for_best_model loss.",
+                name,
+            )
+            self._has_told_of_undefined = True
+        return False
 
     def _load_callback_state(self) -> None:
         """As `Trainer`; but patience is what these arguments say, and not those of the checkpoint."""

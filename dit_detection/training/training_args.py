@@ -91,7 +91,7 @@ class DetectionTrainingArguments(TrainingArguments):
             self.accelerator_config.dispatch_batches = False
 
     def _refuse_what_detection_has_not(self) -> None:
-        """Options of `TrainingArguments` that would end training in its first step, or after its first evaluation."""
+        """Options that would end training in its first step, or after its first evaluation."""
         for name, only, reason in (
             ("label_smoothing_factor", 0.0, "its losses have no such option"),
             ("eval_do_concat_batches", True, "mAP is computed of all batches together"),
@@ -99,3 +99,8 @@ class DetectionTrainingArguments(TrainingArguments):
         ):
             if getattr(self, name) != only:
                 raise ValueError(f"{name}={getattr(self, name)} does not go with detection: {reason}. Leave it out.")
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise ValueError(
+                f"early_stopping_patience={self.early_stopping_patience} must be 1 or more: the evaluations in a row "
+                "that may be no better than the best. Without it training does not stop early."
+            )
