@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -8,6 +9,7 @@ import tiny_training
 import torch
 from tiny_training import label_fields
 from transformers import TrainerCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from dit_detection import (
     DiTForObjectDetection,
@@ -107,6 +109,66 @@ def test_resumed_equals_uninterrupted(make_trainer, tmp_path, lora):
     # The weights behind the averages, too.
     for ours, theirs in zip(whole.optimizer.state.values(), resumed.optimizer.state.values(), strict=True):
         assert torch.equal(ours["ema"], theirs["ema"])
+
+
+class SaveAt(TrainerCallback):
+    """Asks for an evaluation and a checkpoint after a step; nobody else does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_evaluate = control.should_save = True
+
+
+class Terminated(TrainerCallback):
+    """As if SIGTERM had come some seconds before a hook that `enable_jit_checkpoint` looks at."""
+
+    def __init__(self, trainer, hook):
+        self.trainer, self.step = trainer, 3 if hook == "on_step_end" else 2
+        setattr(self, hook, self.request)
+
+    def request(self, args, state, control, **kwargs):
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, JITCheckpointCallback) and state.global_step == self.step:
+                callback.jit_manager.is_checkpoint_requested = True
+
+
+SELDOM = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 100, "save_steps": 100}
+
+
+def test_who_asks_late_gets_averages_too(make_trainer, tmp_path):
+    watch = Watch()
+    whole = make_trainer(callbacks=[watch], **SELDOM)
+    whole.add_callback(SaveAt(3))
+    whole.train()
+    saved = DiTForObjectDetection.from_pretrained(tmp_path / "run" / "checkpoint-3")
+    expected = averages(watch.steps, 0.5)[2]
+    for name, value in weights_of(saved).items():
+        torch.testing.assert_close(value.double(), expected[name], atol=1e-6, rtol=1e-5)
+        assert torch.equal(value, watch.evaluated[0][name]), name
+    resumed = make_trainer("resumed", **SELDOM)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    for name, value in weights_of(whole.model).items():
+        assert torch.equal(weights_of(resumed.model)[name], value), name
+
+
+@pytest.mark.parametrize("hook", ["on_step_begin", "on_substep_end", "on_step_end"])
+def test_a_run_that_is_terminated_goes_on(make_trainer, tmp_path, monkeypatch, hook):
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    accumulating = {**SELDOM, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    whole = make_trainer("whole", **accumulating)
+    whole.train()
+    trainer = make_trainer(enable_jit_checkpoint=True, **accumulating)
+    trainer.callback_handler.callbacks.insert(0, Terminated(trainer, hook))
+    trainer.train()
+    assert trainer.state.global_step in (2, 3)
+    resumed = make_trainer(**accumulating)
+    resumed.train(resume_from_checkpoint="last")
+    assert resumed.state.global_step == whole.state.global_step == 2 * EPOCHS
+    for name, value in weights_of(whole.model).items():
+        assert torch.equal(weights_of(resumed.model)[name], value), name
 
 
 def test_checkpoints_hold_what_was_evaluated(make_trainer, tmp_path):

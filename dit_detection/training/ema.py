@@ -1,5 +1,7 @@
 """Moving averages of the trained weights, which are evaluated, saved and kept in their place."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ class EmaCallback(TrainerCallback):
     """
     Averages the trained weights over the steps, `ema = decay * ema + (1 - decay) * weights`.
 
-    The averages take the place of the weights while the model is evaluated and saved, and when training ends; so
+    The averages take the place of the weights while the model is evaluated and saved, for which [`SafeTrainer`] sees
+    to it with [`averages_in_place`] that it does not matter who asks and when, and when training ends; so
     `model.safetensors` of a checkpoint are averages, the best checkpoint is the one whose averages are best, and
     training goes on from the weights themselves, which are in the checkpoint's optimizer state. Each process averages
     the same weights to the same values. What is frozen is left out.
@@ -50,22 +53,15 @@ class EmaCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Go on from the weights themselves."""
+        """Go on from the weights themselves, of which a checkpoint has the averages in the model."""
         if self.is_swapped:
-            self._swap(kwargs["optimizer"])
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Go on from the weights themselves."""
-        if self.is_swapped:
-            self._swap(kwargs["optimizer"])
+            self.swap(kwargs["optimizer"])
 
     @torch.no_grad()
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Average, and give way to what is evaluated or saved."""
+        """Average."""
         if not args.fp16 and not _states(kwargs["optimizer"]):  # float16 may have left the step out
             raise ValueError(
                 f"ema_decay={self.decay} needs an optimizer that keeps a state, which holds the averages: "
@@ -81,14 +77,6 @@ class EmaCallback(TrainerCallback):
         if averages:
             decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
             get_ema_multi_avg_fn(decay)(averages, weights, None)
-        self.on_epoch_end(args, state, control, **kwargs)
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Give way to what is evaluated or saved."""
-        if (control.should_evaluate or control.should_save) and not self.is_swapped:
-            self._swap(kwargs["optimizer"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -96,10 +84,11 @@ class EmaCallback(TrainerCallback):
         """Leave the averages in the model, unless those of the best checkpoint have just been loaded."""
         has_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
         if not has_best and not self.is_swapped:
-            self._swap(kwargs["optimizer"])
+            self.swap(kwargs["optimizer"])
 
     @torch.no_grad()
-    def _swap(self, optimizer: Any) -> None:
+    def swap(self, optimizer: Any) -> None:
+        """Exchange the weights of the model and what the optimizer's state holds of them."""
         for weight, values in _states(optimizer):
             if _SLOT in values:
                 # Copied, not exchanged: a compiled or distributed model keeps the addresses of its weights.
@@ -107,6 +96,25 @@ class EmaCallback(TrainerCallback):
                 weight.copy_(values[_SLOT])
                 values[_SLOT].copy_(before)
         self.is_swapped = not self.is_swapped
+
+
+@contextmanager
+def averages_in_place(callbacks: Iterable[TrainerCallback], optimizer: Any) -> Iterator[None]:
+    """
+    While this lasts the model has the averages, if any are made of it; then again what it had.
+
+    Args:
+        callbacks (`Iterable[TrainerCallback]`): Of the trainer; those that average are [`EmaCallback`].
+        optimizer (`torch.optim.Optimizer`): Of the trainer.
+    """
+    swapped = [one for one in callbacks if isinstance(one, EmaCallback) and not one.is_swapped]
+    for callback in swapped:
+        callback.swap(optimizer)
+    try:
+        yield
+    finally:
+        for callback in swapped:
+            callback.swap(optimizer)
 
 
 def _states(optimizer: Any) -> list[tuple[torch.Tensor, dict[str, Any]]]:

@@ -16,7 +16,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import TrainOutput, has_length
 
 from .checkpoint_files import checkpoints_of
-from .ema import EmaCallback
 from .sharded import ShardedTrainer
 
 logger = logging.getLogger(__name__)
@@ -168,11 +167,6 @@ class FaultTolerantTrainer(ShardedTrainer):
         step, self._good_step = self._good_step, None
         if step and (self.args.world_size == 1 or isinstance(error, NonFiniteLossError)):
             try:
-                for callback in self.callback_handler.callbacks:
-                    if isinstance(callback, EmaCallback):  # checkpoints hold the averages in the place of the weights
-                        callback.on_epoch_end(
-                            self.args, self.state, TrainerControl(should_save=True), optimizer=self.optimizer
-                        )
                 self._save_checkpoint(self.model, trial)
                 checkpoint = run_dir / f"checkpoint-{step}"
                 return (

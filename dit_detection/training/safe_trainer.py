@@ -29,6 +29,7 @@ from .checkpoint_files import (
     publish_checkpoint,
     rotate_checkpoints,
 )
+from .ema import EmaCallback, averages_in_place
 from .fault_tolerant_trainer import FaultTolerantTrainer, TrainingStoppedError
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,8 @@ class SafeTrainer(FaultTolerantTrainer):
         checkpoint = self._checkpoint_to_load(resume_from_checkpoint)
         if self.args.should_save and self.args.save_strategy != "no":
             _prepare_run_dir(Path(str(self.args.output_dir)), is_new=checkpoint is None)
+        # Whoever saves when a step has been taken finds it averaged.
+        self.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, EmaCallback))
         return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def _init_training_state(
@@ -145,6 +148,11 @@ class SafeTrainer(FaultTolerantTrainer):
         model.zero_grad()
         super()._run_epoch(model=model, **kwargs)
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `Trainer`, of what is saved."""
+        with averages_in_place(self.callback_handler.callbacks, self.optimizer):
+            return super()._evaluate(*args, **kwargs)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As `Trainer`, but aside, and with its own name only once all processes have written their part."""
         run_dir = Path(self._get_output_dir(trial))
@@ -155,7 +163,8 @@ class SafeTrainer(FaultTolerantTrainer):
                 shutil.rmtree(unfinished, ignore_errors=True)
             self.accelerator.wait_for_everyone()
             self._unfinished = unfinished
-            super()._save_checkpoint(model, trial)
+            with averages_in_place(self.callback_handler.callbacks, self.optimizer):
+                super()._save_checkpoint(model, trial)
             self._unfinished = None
             # Trainer names it where it was written; a run that is gone on with may have moved.
             best = run_dir / Path(self.state.best_model_checkpoint or folder).name
