@@ -1,13 +1,17 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from annotation_folders import copy_as_voc, copy_as_yolo
 from coco_folder import write_images, write_shapes_as_coco
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_training import TINY, label_fields
 
 from dit_detection import DiTDetectionImageProcessor, InvalidDatasetError, cli, id2label_of, load_detection_dataset
@@ -318,6 +322,28 @@ def test_resumes_from_the_last_checkpoint(coco_set, tmp_path):
     metrics = train.main([*job, "--resume_from_checkpoint", "last"])
     assert (tmp_path / "checkpoint-2").is_dir()
     assert metrics["test_map"] >= 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [True, False])
+def test_no_evaluation_costs_the_detector(coco_set, tmp_path, fault):
+    """Of a split that nobody has looked at before; nor is what is evaluated in 16 bits saved so."""
+    data = shutil.copytree(coco_set, tmp_path / "data")
+    if fault:  # the header of a photograph is whole, and so the check of the data finds nothing
+        annotations = json.loads((data / "annotations_test.json").read_text())
+        first = annotations["images"][0]
+        drawn = Image.effect_noise((first["width"], first["height"]), 100).convert("RGB")
+        first["file_name"] = "cut.jpg"
+        (data / "annotations_test.json").write_text(json.dumps(annotations))
+        drawn.save(data / "images" / "cut.jpg")
+        os.truncate(data / "images" / "cut.jpg", (data / "images" / "cut.jpg").stat().st_size - 1000)
+    out = tmp_path / "out"
+    job = [*TINY, "--dataset", str(data), "--num_train_epochs", "1", "--output_dir", str(out), "--bf16_full_eval"]
+    job += ["True", "--save_strategy", "no", "--load_best_model_at_end", "False"]
+    with pytest.raises(ValueError, match="truncated") if fault else nullcontext():
+        train.main(job)
+    assert {value.dtype for value in load_file(out / "model.safetensors").values()} == {torch.float32}
+    assert (out / "README.md").is_file() != fault
 
 
 def test_a_finished_run_writes_its_card_again(trained, coco_set, tmp_path):

@@ -294,13 +294,14 @@ def test_a_full_disk(make_trainer, whole, monkeypatch, limit):
     assert_equal(resumed.model.state_dict(), whole[None][STEPS])
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused_before_training(make_trainer, tmp_path, monkeypatch):
-    trainer = make_trainer()
+@pytest.mark.parametrize("strategy", ["steps", "no"])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_training(make_trainer, monkeypatch, strategy):
+    trainer = make_trainer(save_strategy=strategy)
     monkeypatch.setattr(trainer, "training_step", lambda *args, **kwargs: pytest.fail("it trains"))
     folder = Path(trainer.args.output_dir)
     shutil.rmtree(folder, ignore_errors=True)
     folder.write_text("a file")
-    with pytest.raises(OSError, match=r"Checkpoints cannot be written to .*run.* Give another output_dir"):
+    with pytest.raises(OSError, match=r"run cannot be written to: .* Give another output_dir"):
         trainer.train()
     folder.unlink()
 
@@ -312,7 +313,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_training(make_trai
         return mkdir(self, *args, **kwargs)
 
     monkeypatch.setattr(Path, "mkdir", read_only)
-    with pytest.raises(PermissionError, match=r"Checkpoints cannot be written to .*Permission denied"):
+    with pytest.raises(PermissionError, match=r"run cannot be written to: .*Permission denied"):
         trainer.train()
 
 

@@ -95,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     minutes = trainer.state.log_history[-1]["minutes"]
+    # Before anything else can fail: the images below may be ones that nobody has looked at yet.
+    trainer.save_model(_internal_call=True)  # of no push, which comes last, with the card
 
     # The split that training never saw; without a test split, the one that chose the checkpoint.
     held_out = "test" if "test" in dataset else "validation"
@@ -108,9 +110,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         "limits": ["Its DiT began with random weights, not with pretrained ones."] if model_args.random_dit else [],
     }
     if args.push_to_hub:
-        trainer.push_to_hub()  # saves the model and writes the card
+        trainer.push_to_hub()  # writes the card, too
     else:
-        trainer.save_model()
         trainer.create_model_card()
     logger.info(
         "%s: map %.3f, map_50 %.3f, after %.1f minutes of training. Detector, metrics, card and pictures: %s",

@@ -69,10 +69,10 @@ class SafeTrainer(FaultTolerantTrainer):
         Raises:
             TrainingStoppedError: As of [`FaultTolerantTrainer`].
             ValueError: The checkpoint is not whole, or is none; or its optimizer is of other weights.
-            OSError: The folder for checkpoints cannot be written to.
+            OSError: `args.output_dir` cannot be written to.
         """
         checkpoint = self._checkpoint_to_load(resume_from_checkpoint)
-        if self.args.should_save and self.args.save_strategy != "no":
+        if self.args.should_save:
             _prepare_run_dir(Path(str(self.args.output_dir)), is_new=checkpoint is None)
         # Whoever saves when a step has been taken finds it averaged.
         self.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, EmaCallback))
@@ -235,7 +235,7 @@ def _prepare_run_dir(run_dir: Path, is_new: bool) -> None:
         (run_dir / UNFINISHED).mkdir(parents=True)
         (run_dir / UNFINISHED).rmdir()
     except OSError as error:
-        raise type(error)(f"Checkpoints cannot be written to {run_dir}: {error}. Give another output_dir.") from error
+        raise type(error)(f"{run_dir} cannot be written to: {error}. Give another output_dir.") from error
     earlier = checkpoints_of(run_dir)
     if is_new and earlier:
         logger.warning(
