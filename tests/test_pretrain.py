@@ -1,6 +1,8 @@
 """`dit-detect pretrain` as a whole: from images to a folder that diffusers and the detector read."""
 
+import errno
 import json
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ from dit_detection import DiTForObjectDetection, InvalidDatasetError
 from dit_detection.commands import pretrain
 from dit_detection.commands.pretrain_options import parse_options
 from dit_detection.data import draw_shapes_dataset
+from dit_detection.pretraining import latent_cache
 from dit_detection.pretraining.diffusion_model import DiffusionModel, is_flow
 from dit_detection.pretraining.diffusion_trainer import (
     BEGAN_WITH,
@@ -300,6 +303,23 @@ def test_cached_latents_are_those_of_the_views(images, tmp_path):
     cache_latents(crops, vae, num_views=2, key={}, device=torch.device("cpu"), cache_dir=tmp_path)
     cache_latents(crops, vae, num_views=2, key={"crop_area": 1}, device=torch.device("cpu"), cache_dir=tmp_path)
     assert len(list(tmp_path.glob("*.npy"))) == 3 and not list(tmp_path.glob("*.unfinished"))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="a file cannot be reserved here")
+def test_the_disk_has_the_room_for_latents_before_they_are_made(tmp_path, monkeypatch):
+    path = tmp_path / "latents.npy"
+    latent_cache._reserve(path, (8, 100, 4, 32, 32))
+    stat = path.stat()
+    assert stat.st_blocks * 512 >= stat.st_size > 2 * 8 * 100 * 4 * 32 * 32
+    assert np.load(path, mmap_mode="r").shape == (8, 100, 4, 32, 32)
+
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    with pytest.raises(OSError, match=r"No space left.*--num_views"):
+        latent_cache._reserve(path, (8, 100, 4, 32, 32))
+    assert not path.exists()
 
 
 def test_latents_are_of_images_as_large_as_they_are_kept(images, tmp_path, monkeypatch):
