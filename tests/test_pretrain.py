@@ -131,9 +131,9 @@ def test_a_run_neither_sees_its_own_pictures_nor_goes_on_with_other_images(image
     monkeypatch.chdir(tmp_path / "images")
     argv = [*NEW, "--images", ".", "--eval_steps", "1", "--save_steps", "1", "--resume_from_checkpoint", "last"]
     pretrain.main([*argv, "--max_steps", "1"])
-    assert len(list(Path("outputs").rglob("*.png"))) == 3
+    assert len(list(Path("my-dit").rglob("*.png"))) == 3
     pretrain.main([*argv, "--max_steps", "2"])
-    assert "9 to train on, 1 held out" in Path("outputs/README.md").read_text()
+    assert "9 to train on, 1 held out" in Path("my-dit/README.md").read_text()
     Path("9.png").unlink()
     with pytest.raises(ValueError, match=r"checkpoint-2 .*other images.*another --output_dir"):
         pretrain.main([*argv, "--max_steps", "3"])

@@ -79,7 +79,7 @@ def parse_options(argv: list[str]) -> tuple[PretrainingOptions, PretrainingArgum
     names = {name.partition("=")[0][2:].replace("-", "_") for name in argv if name.startswith("--")}
     on_cpu = not torch.cuda.is_available()  # Apple's GPUs have no float64, in which the noise schedule is kept
     parser.set_defaults(
-        output_dir="outputs",
+        output_dir="my-dit",  # not that of `dit-detect train`: a detector in it would be read in its place
         use_cpu=on_cpu,
         bf16=computes_bf16(on_cpu) and not is_on(argv, "--fp16"),
         per_device_train_batch_size=32,
