@@ -42,6 +42,10 @@ def test_persistent_workers_read_the_data_set_that_is_asked_for(make_trainer, da
     trainer.eval_dataset = {"many": test, "few": DetectionDataset(dataset["validation"], trainer.processing_class)}
     assert count_images(trainer, eval_dataset="few") == 4
     assert count_images(trainer, eval_dataset="many") == 12
+    for loader in trainer._eval_dataloaders.values():
+        loader.base_dataloader._iterator = (
+            None  # ends its workers now, and not in another test, which would wait for them
+        )
 
 
 def test_evaluations_drop_no_image(make_trainer):

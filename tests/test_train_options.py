@@ -12,6 +12,7 @@ from dit_detection import DiTDetectionImageProcessor, id2label_of, load_detectio
 from dit_detection.anchor_fit import AnchorSetting, best_anchor_ious, boxes_of, coverage
 from dit_detection.commands import convert, train, train_options
 from dit_detection.commands.train_options import parse_options, read_json_option, shown_command
+from dit_detection.data import draw_shapes_dataset
 from dit_detection.data.statistics import read_table
 from dit_detection.small_dit import DETECTORS, write_small_dit
 
@@ -94,7 +95,15 @@ def test_the_command_that_is_shown_neither_resumes_nor_tells_tokens(said):
             assert shown == "dit-detect train --dataset 'my images' --push_to_hub --seed 0"
 
 
-def test_what_a_detector_has_settled_is_refused(tiny_model, coco_set, tmp_path):
+@pytest.fixture
+def few_shapes(monkeypatch):
+    """Few images for the embedded job, which otherwise draws for seconds before it looks at the model."""
+    monkeypatch.setattr(train, "draw_shapes_dataset", lambda **_: draw_shapes_dataset(4, 2, 2, image_size=64))
+
+
+@pytest.mark.usefixtures("few_shapes")
+def test_what_a_detector_has_settled_is_refused(tiny_model, coco_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "describe_cost", lambda *_: "")  # which takes its time
     tiny_model().save_pretrained(tmp_path)
     DiTDetectionImageProcessor(size=64).save_pretrained(tmp_path)
     job = ["--model", str(tmp_path), "--dataset", str(coco_set), "--output_dir", str(tmp_path / "out"), "--dry_run"]
@@ -221,6 +230,7 @@ def test_what_the_card_calls_the_data(tmp_path, monkeypatch):
         ),
     ],
 )
+@pytest.mark.usefixtures("few_shapes")
 def test_options_that_cannot_be_meant(option, message, capsys):
     with pytest.raises((SystemExit, ValueError)) as error:
         train.main(option)

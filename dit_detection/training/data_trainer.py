@@ -96,5 +96,6 @@ class DataTrainer(CardTrainer):
         loaders = getattr(self, "_eval_dataloaders", {})
         loader = loaders.get(name or "eval")
         if loader is not None and loader.dataset is not dataset:
-            del loaders[name or "eval"]
+            # Its workers end now: those that the garbage collector finds are waited for, five seconds each.
+            loaders.pop(name or "eval").base_dataloader._iterator = None
         return super().get_eval_dataloader(eval_dataset)
