@@ -55,7 +55,7 @@ def test_training_is_one_graph(tiny_model, random_labels, overrides, frozen):
     check_training(model, pixels, labels, "eager")
 
 
-@pytest.mark.slow
+@pytest.mark.long  # the compiler of C++ takes minutes
 def test_training_is_one_graph_in_machine_code(tiny_model, random_labels):
     pixels, labels = batch(random_labels, [3, 0])
     check_training(tiny_model(**DEFAULT).train(), pixels, pad_labels(labels, 3), "inductor")

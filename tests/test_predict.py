@@ -628,7 +628,7 @@ def test_killed_at_random_moments_every_image_is_there_once(checkpoint, tmp_path
             assert time.monotonic() < deadline
             time.sleep(0.05)
         time.sleep(generator.uniform(0, 0.3))
-        if kills < 4 and job.poll() is None:
+        if kills < 3 and job.poll() is None:
             for process in [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()  # SIGKILL
@@ -640,6 +640,6 @@ def test_killed_at_random_moments_every_image_is_there_once(checkpoint, tmp_path
         assert job.returncode == (3 if processes == 1 else 1)  # that of the launcher
         assert (b", by 2 processes" in printed) == (processes == 2)
         break
-    assert kills >= 3
+    assert kills >= 2
     subprocess.run([*command(tmp_path / "whole")], env=environment, capture_output=True, timeout=300)
     assert read(out) == read(tmp_path / "whole") and len(read(out)) == 240
