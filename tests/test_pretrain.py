@@ -240,6 +240,8 @@ def test_going_on_from_a_checkpoint_keeps_what_it_is(images, tmp_path, monkeypat
         configs = (getattr(pipeline, part).config.items() for pipeline in (source, result))
         before, after = (json.dumps({k: v for k, v in c if not k.startswith("_")}) for c in configs)
         assert before == after, part
+        config = next((tmp_path / "run" / part).glob("*config.json"))
+        assert str(tmp_path) not in config.read_text(), "where files lie here is nobody else's business"
     for name, weight in source.vae.state_dict().items():
         assert torch.equal(weight, result.vae.state_dict()[name])
     weights, trained = source.transformer.state_dict(), result.transformer.state_dict()

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 from diffusers import DiTPipeline, DiTTransformer2DModel
 
-from ..model.load_dit import fetch_folder, load_dit, read_json
+from ..model.load_dit import fetch_folder, load_dit, read_json, source_name
 from .new_dit import new_scheduler
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,9 @@ def save_pipeline(folder: str | os.PathLike, transformer: DiTTransformer2DModel,
 
     The autoencoder of a pipeline that was there before goes, if there is none now: readers would take it for its own.
     """
+    for part in (transformer, vae):
+        if part is not None and (place := part.config.get("_name_or_path")):
+            part.register_to_config(_name_or_path=source_name(place))  # of a folder its name, not where it lies
     pipeline = DiTPipeline(transformer, vae, scheduler)
     if vae is None:
         index = Path(folder, INDEX)
