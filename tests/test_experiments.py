@@ -151,6 +151,8 @@ def test_the_table_has_means_spreads_gains_and_what_is_missing(tmp_path):
     assert all(line.count("|") == 11 for line in table.splitlines() if line.startswith("|"))
 
     records.add(make_record(settings_of("tuned", "bccd", 0.3, 0, weights="x" * 16)))
+    chosen = results_table(records, {("general", "bccd"): "w" * 16})
+    assert "| (c) pretrained, upper half tuned | 55.0 ± 7.1 (2) | missing |" in chosen
     with pytest.raises(ValueError, match="2 different DiTs"):
         results_table(records, {})
 

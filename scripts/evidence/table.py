@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from .records import Record, Records
 from .settings import ARMS, DATASETS, FRACTIONS, SEEDS, Settings, table_plan
@@ -43,7 +43,7 @@ def results_table(
     """
     lines = [(name, budget) for name in arms for budget in (BUDGETS if ARMS[name].is_baseline else ["passes"])]
     cells = [(dataset, fraction) for dataset in datasets for fraction in fractions]
-    runs = _collect(records, table_plan(_weights_of(records) | weights, arms, datasets, fractions, seeds, large=large))
+    runs = _collect(records, table_plan(_weights_of(records, weights), arms, datasets, fractions, seeds, large=large))
 
     scores = [
         [_title(line), *(_mean_and_spread(_values(runs, line, cell, metric)) for cell in cells)] for line in lines
@@ -110,12 +110,12 @@ def _collect(records: Records, plan: Iterable[Settings]) -> Runs:
     return runs
 
 
-def _weights_of(records: Records) -> dict[tuple[str, str], str]:
-    """The pretrained weights that the records name, by kind and data set."""
+def _weights_of(records: Records, given: Mapping[tuple[str, str], str]) -> dict[tuple[str, str], str]:
+    """The pretrained weights by kind and data set: those that are given, or else that the records name."""
     found: dict[tuple[str, str], set[str]] = {}
     for settings in (record["settings"] for record in records):
         kind = ARMS[settings["arm"]].pretrained
-        if kind is not None and settings["split"] == "test":
+        if kind is not None and settings["split"] == "test" and (kind, settings["dataset"]) not in given:
             found.setdefault((kind, settings["dataset"]), set()).add(settings["weights"])
     for (kind, dataset), fingerprints in found.items():
         if len(fingerprints) > 1:
@@ -123,7 +123,7 @@ def _weights_of(records: Records) -> dict[tuple[str, str], str]:
                 f"The records of {dataset} are of {len(fingerprints)} different DiTs ({kind}): say with --pretrained "
                 "or --pretrained_on which one the table is of."
             )
-    return {key: fingerprints.pop() for key, fingerprints in found.items()}
+    return {key: fingerprints.pop() for key, fingerprints in found.items()} | dict(given)
 
 
 def _values(runs: Runs, line: Line, cell: Cell, metric: str) -> list[float]:
