@@ -83,7 +83,7 @@ SWEEPS = {
         "tuned",
         {"pyramid": {}, "none": _config(neck_channels=None, strides=[16], anchor_sizes=[[24.0, 56.0, 112.0]])},
     ),
-    "timestep": Sweep("tuned", {"50": {}, **{f"{t}": {"model": {"timestep": t}} for t in (0, 10, 100)}}),
+    "timestep": Sweep("tuned", {"50": {}, **{f"{t}": {"model": {"timestep": t}} for t in (0, 10, 100, 200)}}),
     "matcher": Sweep(
         "tuned",
         {
