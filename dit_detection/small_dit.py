@@ -1,4 +1,4 @@
-"""Small Diffusion Transformers on pixels: the pretrained one that the package carries, and random weights."""
+"""Small Diffusion Transformers: the pretrained one of the package, on latents, and random weights, on pixels."""
 
 from pathlib import Path
 from typing import Any
@@ -6,11 +6,14 @@ from typing import Any
 import torch
 from diffusers import DiTTransformer2DModel
 
-# Folder of the pretrained DiT of size "small", for `from_diffusers` and --model. How `dit-detect pretrain` made it:
-# model_cards/small-dit/README.md.
+from .model.load_dit import fetch_folder, read_json
+
+# Folder of the pretrained DiT of size "small" with its autoencoder, for `from_diffusers` and --model. How
+# `dit-detect pretrain` made it: model_cards/small-dit/README.md.
 SMALL_DIT = Path(__file__).parent / "small-dit"
 
-# "tiny" is for tests; "small" learns a few hundred photographs within the hour on 2 cores.
+# On pixels; on latents tokens are as many pixels wide. "tiny" is for tests; "small" learns a few hundred photographs
+# within two hours on 2 cores.
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 4, "patch_size": 8},
     "small": {"num_attention_heads": 4, "attention_head_dim": 48, "num_layers": 6, "patch_size": 16},
@@ -36,6 +39,46 @@ DETECTORS: dict[str, dict[str, Any]] = {
         "aspect_ratios": [1.0],
     },
 }
+
+
+def size_of(source: str | Path) -> str | None:
+    """
+    Which of the small DiTs a source has the size of: `dit-detect pretrain` makes such, and goes on with them.
+
+    Args:
+        source (`str` or `Path`): Folder or Hub id of a pipeline of diffusers, or of a DiT alone. With an autoencoder
+            its tokens count in pixels.
+
+    Returns:
+        `str`, *optional*: A key of `SIZES`; `None` if it is of none, or no DiT.
+    """
+    try:
+        folder = fetch_folder(source, "source", ["*.json"])
+        parts = [folder / name / "config.json" for name in ("transformer", "vae")]
+        dit, vae = (read_json(file) if file.is_file() else {} for file in parts)
+        dit = dit or read_json(folder / "config.json")
+    except (OSError, ValueError):  # whoever loads it says why
+        return None
+    widths = vae.get("encoder_block_out_channels") or vae.get("block_out_channels") or [0]
+    for size, fields in SIZES.items():
+        fields = fields | {"patch_size": fields["patch_size"] // 2 ** (len(widths) - 1)}
+        if all(dit.get(name) == value for name, value in fields.items()):
+            return size
+    return None
+
+
+def detector_on(size: str | None, overrides: dict[str, Any]) -> dict[str, Any]:
+    """
+    Fields of `DiTDetectionConfig` for a detector on a DiT of a size.
+
+    Args:
+        size (`str`, *optional*): A key of `DETECTORS`; `None` for another DiT, on which the defaults are.
+        overrides (`dict`): What was chosen otherwise.
+    """
+    fields = dict(DETECTORS[size]) if size is not None else {}
+    if "strides" in overrides:
+        fields.pop("anchor_sizes", None)  # which belong to the strides
+    return fields | overrides
 
 
 def write_small_dit(folder: str | Path, size: str, image_size: int, seed: int = 0) -> None:

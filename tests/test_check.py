@@ -20,6 +20,7 @@ from dit_detection.data.inspection import find_same_place
 from dit_detection.data.problems import ProblemLog
 from dit_detection.data.reader import read_detection_dataset
 from dit_detection.data.statistics import read_table
+from dit_detection.small_dit import DETECTORS, SMALL_DIT, write_small_dit
 
 WIDTH, HEIGHT = 64, 48
 BOXES = [[2, 2, 20, 16], [30, 5, 22, 20], [10, 26, 24, 20]]
@@ -461,6 +462,13 @@ def test_anchors_of_a_dit_are_the_default_ones(planted):
     for source in (folder.parent, folder):
         report, _ = run(planted.write(), "--model", str(source))
         assert list(report["anchors"]) == [f"{source}, a DiT"]
+
+
+def test_anchors_of_a_small_dit_are_those_it_is_trained_with(planted):
+    write_small_dit(planted.folder / "dit", "small", 64)
+    found = [run(planted.write(), "--model", str(dit))[0]["anchors"] for dit in (planted.folder / "dit", SMALL_DIT)]
+    (ours,) = run(planted.write(), "--config_overrides", json.dumps(DETECTORS["small"]))[0]["anchors"].values()
+    assert [list(anchors.values()) for anchors in found] == [[ours], [ours]]
 
 
 def test_anchors_of_a_detector_are_measured_on_its_own_canvas(planted, tiny_model):

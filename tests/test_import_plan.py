@@ -40,7 +40,7 @@ ROOMS = {
     "data": {"data"},
     "metrics": set(),
     "visualize": {"data"},
-    "small_dit": set(),
+    "small_dit": {"model"},
     "weight_digest": set(),
     "model": {"model"},
 }

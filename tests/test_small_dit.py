@@ -1,12 +1,14 @@
 """The pretrained DiT that the package carries."""
 
+import json
+
 import torch
 from diffusers import DiTTransformer2DModel
 
 from dit_detection import DiTForObjectDetection
 from dit_detection.pretraining.diffusion_model import DiffusionModel
 from dit_detection.pretraining.pipeline_folder import load_pipeline
-from dit_detection.small_dit import DETECTORS, SIZES, SMALL_DIT, write_small_dit
+from dit_detection.small_dit import DETECTORS, SIZES, SMALL_DIT, size_of, write_small_dit
 
 
 def test_it_is_small_and_readable_by_everyone():
@@ -18,11 +20,27 @@ def test_it_is_small_and_readable_by_everyone():
 def test_it_is_the_network_that_random_weights_are_given_for(tmp_path):
     write_small_dit(tmp_path, "small", 128)
     ours, random = (DiTTransformer2DModel.from_pretrained(folder) for folder in (SMALL_DIT / "transformer", tmp_path))
-    assert {name: ours.config[name] for name in SIZES["small"]} == SIZES["small"]
-    assert {name: p.shape for name, p in ours.named_parameters()} == {
-        name: p.shape for name, p in random.named_parameters()
+    size = SIZES["small"] | {"patch_size": SIZES["small"]["patch_size"] // 4}  # cells of 4 x 4 pixels
+    assert {name: ours.config[name] for name in size} == size
+    # Random weights are on pixels: what differs is the way in and out.
+    assert {name: p.shape for name, p in ours.transformer_blocks.named_parameters()} == {
+        name: p.shape for name, p in random.transformer_blocks.named_parameters()
     }
     assert all(parameter.isfinite().all() for parameter in ours.parameters())
+
+
+def test_the_size_of_a_dit_is_told_from_its_files(tmp_path):
+    assert size_of(SMALL_DIT) == "small"  # on latents
+    write_small_dit(tmp_path / "pixels" / "transformer", "tiny", 64)
+    assert size_of(tmp_path / "pixels") == size_of(str(tmp_path / "pixels" / "transformer")) == "tiny"
+    file = tmp_path / "pixels" / "transformer" / "config.json"
+    config = json.loads(file.read_text())
+    for other in (config | {"num_layers": 3}, {"model_type": "detr"}, [1]):
+        file.write_text(json.dumps(other))
+        assert size_of(tmp_path / "pixels") is None
+    file.write_text("{")
+    for none in (tmp_path / "pixels", file, tmp_path / "nowhere", "x/y/z", ""):
+        assert size_of(none) is None
 
 
 def test_a_detector_is_made_of_it_as_of_any_dit():
@@ -30,6 +48,7 @@ def test_a_detector_is_made_of_it_as_of_any_dit():
         SMALL_DIT, id2label={0: "cell"}, dtype=torch.float32, **DETECTORS["small"]
     )
     assert model.config.base_model == SMALL_DIT.name
+    assert model.config.token_stride == SIZES["small"]["patch_size"]
     with torch.no_grad():
         outputs = model.eval()(torch.zeros(1, 3, 64, 96))
     assert outputs.logits.isfinite().all()
@@ -40,14 +59,16 @@ def test_it_removes_noise():
     # A disc on a ground, which no image of its training was.
     y, x = torch.meshgrid(torch.linspace(-1, 1, 128), torch.linspace(-1, 1, 128), indexing="ij")
     disc = (x**2 + y**2 < 0.3).float()
-    clean = torch.stack([disc, 1 - disc, 0.5 * disc])[None] * 1.4 - 0.7
-    transformer, scheduler, _ = load_pipeline(str(SMALL_DIT))
+    pixels = torch.stack([disc, 1 - disc, 0.5 * disc])[None] * 1.4 - 0.7
+    transformer, scheduler, vae = load_pipeline(str(SMALL_DIT))
+    latents = vae.encode(pixels).latents
+    assert (vae.decode(latents).sample - pixels).square().mean() < 0.05 * pixels.var()
+    clean = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     model = DiffusionModel(transformer, scheduler).eval()
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-    for timestep in (100, 300):
-        time = torch.tensor([timestep])
-        noisy = scheduler.add_noise(clean, noise, time)
-        restored = model.predict(noisy, time)
-        # Shrinking all pixels to their mean would leave 1 of the image's variance.
-        error = (restored - clean).square().mean() / clean.var()
-        assert error < 0.3
+    for timestep in (300, 500):
+        time = timestep / 1000
+        noisy = (1 - time) * clean + time * noise
+        restored = noisy - time * model.predict(noisy, torch.tensor([timestep]))
+        error = (restored - clean).square().mean()
+        assert error < 0.25 * (time * noise / (1 - time)).square().mean()  # what scaling alone would leave

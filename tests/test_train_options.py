@@ -8,7 +8,7 @@ import torch
 from coco_folder import write_shapes_as_coco
 from tiny_training import TINY
 
-from dit_detection import DiTDetectionImageProcessor, id2label_of, load_detection_dataset
+from dit_detection import DiTDetectionConfig, DiTDetectionImageProcessor, id2label_of, load_detection_dataset
 from dit_detection.anchor_fit import AnchorSetting, best_anchor_ious, boxes_of, coverage
 from dit_detection.commands import convert, train, train_options
 from dit_detection.commands.train_options import parse_options, read_json_option, shown_command
@@ -129,12 +129,34 @@ def test_what_a_detector_has_settled_is_refused(tiny_model, coco_set, tmp_path, 
         (["--random_dit=small"], 1e-3, 1.0, None),
         (["--random-dit", "small"], 1e-3, 1.0, None),
         (["--model", "a-dit"], 1e-4, 0.85, None),
+        (["--model", "tiny-dit"], 1e-3, 0.85, 2),  # as `dit-detect pretrain` writes it
+        (["--model=tiny-dit", "--learning-rate=3e-4"], 3e-4, 0.85, 2),
+        (["--model", "tiny-dit", "--freeze_layers", "0"], 1e-3, 0.85, 0),
         (["--learning_rate", "3e-4", "--freeze_layers", "0"], 3e-4, 0.85, 0),
     ],
 )
-def test_rates_and_frozen_blocks_are_those_of_the_dit(options, rate, decay, frozen, tmp_path):
+def test_rates_and_frozen_blocks_are_those_of_the_dit(options, rate, decay, frozen, tmp_path, monkeypatch):
+    write_small_dit(tmp_path / "tiny-dit", "tiny", 64)
+    monkeypatch.chdir(tmp_path)
     model_args, _, args = parse_options(["--dataset", "x", "--output_dir", str(tmp_path), *options])
     assert (args.learning_rate, args.layer_decay, model_args.freeze_layers) == (rate, decay, frozen)
+
+
+@pytest.mark.usefixtures("few_shapes")
+def test_a_small_dit_gets_the_detector_of_its_size(tmp_path, monkeypatch):
+    models = []
+    monkeypatch.setattr(train, "describe_cost", lambda model, *_: models.append(model))
+    write_small_dit(tmp_path / "dit", "tiny", 64)
+    job = ["--model", str(tmp_path / "dit"), "--output_dir", str(tmp_path / "out"), "--image_size", "64", "--dry_run"]
+    train.main(job)
+    train.main([*job, "--config_overrides", '{"neck_channels": 32, "out_indices": [1]}'])
+    train.main([*job, "--config_overrides", '{"strides": [8, 16]}'])
+    assert [len(sizes) for sizes in models.pop().config.anchor_sizes] == [3, 3]  # those of other strides would not fit
+    configs = [model.config for model in models]
+    convert.main([str(tmp_path / "dit"), str(tmp_path / "detector")])
+    configs.append(DiTDetectionConfig.from_pretrained(tmp_path / "detector"))
+    assert [(c.neck_channels, c.out_indices) for c in configs] == [(64, [0, 3]), (32, [1]), (64, [0, 3])]
+    assert all(c.strides == [8, 16, 32] and c.num_anchors_per_cell == 1 for c in configs)
 
 
 def test_one_precision_alone_is_the_one_that_is_named(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from ..data.row_format import class_names_of
 from ..data.statistics import SplitTable, describe_split, read_table
 from ..model.configuration_dit_detection import DiTDetectionConfig
 from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
-from ..small_dit import DETECTORS
+from ..small_dit import DETECTORS, detector_on, size_of
 from ..training.frozen_cache import canvas_of
 from .check_report import draw_findings, print_report
 from .shared_options import DATA_OPTIONS, add_data_options, data_arguments, refuse_output
@@ -117,7 +117,7 @@ def _read_settings(args: argparse.Namespace) -> tuple[dict[str, AnchorSetting], 
             config = AutoConfig.from_pretrained(args.model)
         except (OSError, ValueError, KeyError):  # a diffusers checkpoint: its config is not one of transformers
             _refuse_other_than_dit(args.model)
-            return {f"{args.model}, a DiT": _setting(overrides)}, canvas
+            return {f"{args.model}, a DiT": _setting(detector_on(size_of(args.model), overrides))}, canvas
         if config.model_type == DiTDetectionConfig.model_type:
             own = canvas_of(DiTDetectionImageProcessor.from_pretrained(args.model))
             if args.image_size is not None and canvas != own:
@@ -129,8 +129,8 @@ def _read_settings(args: argparse.Namespace) -> tuple[dict[str, AnchorSetting], 
             return {args.model: _setting(config.to_dict() | overrides)}, canvas
         raise ValueError(f"--model {args.model} is a {config.model_type}, neither a DiT of diffusers nor a detector.")
     if args.random_dit is not None:
-        return {f"random DiT, {args.random_dit}": _setting(DETECTORS[args.random_dit] | overrides)}, canvas
-    settings = {"the small DiT": _setting(DETECTORS["small"] | overrides)}
+        return {f"random DiT, {args.random_dit}": _setting(detector_on(args.random_dit, overrides))}, canvas
+    settings = {"the small DiT": _setting(detector_on("small", overrides))}
     if not overrides:
         settings["another DiT (--model)"] = _setting({})
     return settings, canvas

@@ -12,6 +12,7 @@ from ..data.dataset_files import check_class_names
 from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
 from ..model.modeling_dit_detection import DiTForObjectDetection
 from ..sharing.shared_files import CARD_DATA_NAME
+from ..small_dit import detector_on, size_of
 from .train_options import read_config_overrides
 
 
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         vae=None if args.vae == "none" else args.vae,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         family=args.family,
-        **(fields | read_config_overrides(args.config_overrides)),
+        **(fields | detector_on(size_of(args.source), read_config_overrides(args.config_overrides))),
     )
     model.save_pretrained(args.output_dir)
     DiTDetectionImageProcessor(size=args.image_size).save_pretrained(args.output_dir)

@@ -33,7 +33,7 @@ from ..data.transforms import plain_inputs
 from ..model.convert_dit import check_overrides
 from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
 from ..model.modeling_dit_detection import DiTForObjectDetection
-from ..small_dit import DETECTORS, SMALL_DIT, write_small_dit
+from ..small_dit import SMALL_DIT, detector_on, size_of, write_small_dit
 from ..training.checkpoint_files import checkpoints_of
 from ..training.frozen_cache import canvas_of
 from ..training.resumed_model import refuse_another
@@ -271,16 +271,14 @@ def _make_detector(
 ) -> tuple[DiTForObjectDetection, DiTDetectionImageProcessor]:
     """A new detector on a pretrained DiT, or on a random one."""
     fits_anchors = overrides.keys().isdisjoint(("anchor_sizes", "aspect_ratios"))
-    source = model_args.model
-    if source is None:
-        source = str(SMALL_DIT)
-        overrides = DETECTORS[model_args.random_dit or "small"] | overrides
+    source = model_args.model or str(SMALL_DIT)
     if model_args.random_dit is not None:
         source = str(Path(args.output_dir) / "random-dit")
         with args.main_process_first(desc="writing the random DiT"):
             if args.process_index == 0:
                 write_small_dit(source, model_args.random_dit, max(model_args.image_size), args.seed)
         overrides = {"base_model": None} | overrides
+    overrides = detector_on(size_of(source), overrides)
     fields = {name: getattr(model_args, name) for name in ("timestep", "condition", "attn_implementation")}
     # Weights that are trained stay in float32, whatever the file holds; autocast computes in bf16.
     model = DiTForObjectDetection.from_diffusers(

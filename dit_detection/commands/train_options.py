@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import HfArgumentParser
 
+from ..small_dit import SIZES, SMALL_DIT, size_of
 from ..training.training_args import DetectionTrainingArguments
 
 # What the embedded job trains with: it must be done in 4 minutes on 2 cores.
@@ -18,10 +19,10 @@ EMBEDDED_JOB = {
     "learning_rate": 2e-3,
     "augmentation": '{"scale_probability": 0.0}',
 }
-# What scripts/experiments.py trains: arm (c), the upper half of the small pretrained DiT, and arm (a), random weights,
+# What scripts/experiments.py trains: arm (c), the upper half of a small pretrained DiT, and arm (a), random weights,
 # which have no depth to protect. A small network takes a higher rate than a large one.
-SMALL_PRETRAINED = {"learning_rate": 1e-3, "freeze_layers": 3}
-RANDOM_WEIGHTS = {"learning_rate": 1e-3, "layer_decay": 1.0}
+SMALL_LEARNING_RATE = 1e-3
+RANDOM_WEIGHTS = {"learning_rate": SMALL_LEARNING_RATE, "layer_decay": 1.0}
 
 # What says how annotated images are read; the shapes that are drawn without any have all this.
 OF_THE_DATASET = (
@@ -42,7 +43,7 @@ class ModelArguments:
         metadata={
             "help": "DiT of diffusers: Hub id or folder of a pipeline (facebook/DiT-XL-2-256) or bare transformer; a "
             ".pt file of DiT, SiT or REPA, with --family and --vae; or a detector of this library to go on from. "
-            "Default: the small pretrained DiT on pixels that the library carries."
+            "Default: the small pretrained DiT that the library carries, on latents, with its autoencoder."
         },
     )
     family: Literal["dit", "sit", "repa"] | None = field(
@@ -51,7 +52,8 @@ class ModelArguments:
     random_dit: Literal["tiny", "small"] | None = field(
         default=None,
         metadata={
-            "help": "Begin with random weights, to compare: a DiT of 1.2 M or 3.6 M parameters with its detector.",
+            "help": "Begin with random weights, to compare: a DiT on pixels of 1.2 M or 3.6 M parameters, with its "
+            "detector.",
             "choices": ["tiny", "small"],
         },
     )
@@ -69,7 +71,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Freeze the patch embedding and this many blocks, from the first; -1: all. "
-            "Default: none; of the small pretrained DiT the lower half."
+            "Default: none; of a small DiT, as the library carries one, the lower half."
         },
     )
     lora_r: int | None = field(
@@ -171,9 +173,8 @@ def parse_options(argv: list[str]) -> tuple[ModelArguments, DataArguments, Detec
         # On a CPU the workers would take the cores from the model.
         dataloader_num_workers=0 if on_cpu else 4,
     )
-    is_random = _names(argv, "--random_dit")
-    if is_random or not _names(argv, "--model"):
-        parser.set_defaults(**(RANDOM_WEIGHTS if is_random else SMALL_PRETRAINED))
+    if _names(argv, "--random_dit"):
+        parser.set_defaults(**RANDOM_WEIGHTS)
     if not _names(argv, "--dataset"):
         parser.set_defaults(**EMBEDDED_JOB)
     model_args, data_args, args = parser.parse_args_into_dataclasses(args=argv)
@@ -210,6 +211,11 @@ def parse_options(argv: list[str]) -> tuple[ModelArguments, DataArguments, Detec
         data_args.num_views = 1
     elif data_args.num_views is None and args.cache_frozen:
         data_args.num_views = VIEWS_IN_CACHE
+    if model_args.random_dit is None and (size := size_of(model_args.model or SMALL_DIT)) is not None:
+        if not _names(argv, "--learning_rate"):
+            args.learning_rate = SMALL_LEARNING_RATE
+        if not _names(argv, "--freeze_layers"):
+            model_args.freeze_layers = SIZES[size]["num_layers"] // 2
     return model_args, data_args, args
 
 

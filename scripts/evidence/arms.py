@@ -1,7 +1,6 @@
 """Our detector: what each arm is, trained as any user of the library would."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +11,12 @@ from transformers import set_seed
 
 from dit_detection import DetectionTrainer, DetectionTrainingArguments, DiTForObjectDetection, id2label_of
 from dit_detection.anchor_fit import AnchorSetting
-from dit_detection.small_dit import DETECTORS, SIZES, write_small_dit
+from dit_detection.small_dit import DETECTORS, write_small_dit
 
 from .images import fitted_anchors, make_processor, training_images
 from .machine import Machine, Spent, Stopwatch
 from .settings import Settings
 from .task_aligned import TaskAlignedLoss
-
-
-def size_of(pretrained: Path) -> str:
-    """
-    Which key of `SIZES` a pretrained DiT is. One on latents has tokens that are as many pixels wide.
-
-    Raises:
-        ValueError: None.
-    """
-    config = _read_config(_transformer_of(pretrained))
-    vae = pretrained / "vae"
-    channels, downsampling = 3, 1
-    if vae.is_dir():
-        encoder = _read_config(vae)
-        widths = encoder.get("block_out_channels") or encoder["encoder_block_out_channels"]
-        channels, downsampling = encoder["latent_channels"], 2 ** (len(widths) - 1)
-    for size, fields in SIZES.items():
-        expected = fields | {"patch_size": fields["patch_size"] // downsampling, "in_channels": channels}
-        if all(config[name] == value for name, value in expected.items()):
-            return size
-    found = {name: config.get(name) for name in ("in_channels", *next(iter(SIZES.values())))}
-    raise ValueError(
-        f"{pretrained} is a DiT of {found}, which is no size of dit_detection.small_dit.SIZES: add it there and its "
-        "detector to DETECTORS, so that arm (a) can start from random weights of the same network."
-    )
 
 
 def fingerprint_of(pretrained: Path) -> str:
@@ -65,10 +39,6 @@ def _transformer_of(pretrained: Path) -> Path:
     """The folder of the DiT itself, in a pipeline or alone."""
     folder = pretrained / "transformer"
     return folder if folder.is_dir() else pretrained
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def build_detector(

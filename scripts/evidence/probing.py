@@ -16,9 +16,8 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 
 from dit_detection import DetectionDataset, DiTForObjectDetection, collate_detection, id2label_of
-from dit_detection.small_dit import SIZES, write_small_dit
+from dit_detection.small_dit import SIZES, size_of, write_small_dit
 
-from .arms import size_of
 from .evaluation import BATCH_SIZE, Batch
 from .images import load_splits, make_processor
 from .settings import NETWORK, Settings, settings_of

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dit_detection import DiTForObjectDetection, id2label_of
+from dit_detection.small_dit import size_of
 
-from .arms import build_detector, fingerprint_of, size_of, train_detector
+from .arms import build_detector, fingerprint_of, train_detector
 from .baselines import DFine, RetinaNet, make_baseline
 from .evaluation import evaluate, predictor
 from .images import draw_subset, load_splits, make_processor, training_images
@@ -45,7 +46,7 @@ class Runner:
         for folder in pretrained.values():
             if (size := size_of(folder)) != NETWORK:
                 raise ValueError(
-                    f"{folder} is a DiT of size {size!r}, but NETWORK in scripts/evidence/settings.py is {NETWORK!r}: "
+                    f"{folder} is of the size {size!r}, but NETWORK in scripts/evidence/settings.py is {NETWORK!r}: "
                     "all arms are one network. Change it there, and all runs are new ones."
                 )
         # The splits of the last data set, and the last detector that was trained: runs may differ after that alone.
