@@ -13,6 +13,7 @@ from diffusers import (
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
     Transformer2DModel,
     UNet2DModel,
     VQModel,
@@ -24,7 +25,7 @@ from dit_detection import DiTForObjectDetection
 from dit_detection.model import load_dit as load_dit_module
 from dit_detection.model.backbone import DiTBackbone
 from dit_detection.model.convert_dit import dit_config, fold_dit
-from dit_detection.model.load_dit import load_dit
+from dit_detection.model.load_dit import default_timestep, load_dit
 
 WEIGHTS = "diffusion_pytorch_model"
 
@@ -383,6 +384,22 @@ def test_dit_xl_2_as_published(tmp_path):
         shutil.rmtree(folder)
         gc.collect()
         assert error <= 1e-4, extension
+
+
+def test_without_a_timestep_it_is_that_of_the_schedule(tmp_path):
+    pipeline = tiny_pipeline()
+
+    def folded_at(source, **options):
+        return DiTForObjectDetection.from_diffusers(source, **options).config.timestep
+
+    for scheduler, timestep in ((FlowMatchEulerDiscreteScheduler(), 200), (DDIMScheduler(), 50)):
+        pipeline.scheduler = scheduler
+        pipeline.save_pretrained(tmp_path)
+        assert folded_at(pipeline) == folded_at(tmp_path) == folded_at(str(tmp_path), timestep=None) == timestep
+        assert folded_at(str(tmp_path / "transformer"), vae=pipeline.vae) == timestep
+        assert folded_at(tmp_path, timestep=7) == 7
+    assert folded_at(pipeline.transformer, vae=pipeline.vae) == 50
+    assert [default_timestep(Path("sit.pt"), family) for family in ("dit", "sit", "repa")] == [50, 200, 200]
 
 
 def test_source_names_show_no_paths(tmp_path, monkeypatch):

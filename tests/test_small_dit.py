@@ -48,7 +48,7 @@ def test_a_detector_is_made_of_it_as_of_any_dit():
         SMALL_DIT, id2label={0: "cell"}, dtype=torch.float32, **DETECTORS["small"]
     )
     assert model.config.base_model == SMALL_DIT.name
-    assert model.config.token_stride == SIZES["small"]["patch_size"]
+    assert model.config.token_stride == SIZES["small"]["patch_size"] and model.config.timestep == 200
     with torch.no_grad():
         outputs = model.eval()(torch.zeros(1, 3, 64, 96))
     assert outputs.logits.isfinite().all()

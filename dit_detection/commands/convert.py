@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("output_dir", help="folder of the detector")
     parser.add_argument("--vae", default="auto", help="'auto', Hub id or folder of the autoencoder, or 'none'")
     parser.add_argument("--family", choices=["dit", "sit", "repa"], help="of a .pt file: whose code saved it")
-    parser.add_argument("--timestep", type=int, default=50, help="diffusion timestep, 0 to 999")
+    parser.add_argument("--timestep", type=int, help="diffusion timestep, 0 to 999; default: 50, of flow matching 200")
     parser.add_argument("--condition", type=int, help="class to condition on; default: none")
     parser.add_argument("--labels", nargs="+", help="names of the classes to detect")
     parser.add_argument("--image_size", type=int, default=512, help="side of the square canvas, in pixels")

@@ -61,7 +61,10 @@ class ModelArguments:
         default="auto",
         metadata={"help": "Hub id or folder of the autoencoder; 'auto': the pipeline's own; 'none': a DiT on pixels."},
     )
-    timestep: int = field(default=50, metadata={"help": "Diffusion timestep whose features are used, 0 to 999."})
+    timestep: int | None = field(
+        default=None,
+        metadata={"help": "Diffusion timestep whose features are used, 0 to 999. Default: 50, of flow matching 200."},
+    )
     condition: int | None = field(default=None, metadata={"help": "Class the DiT is conditioned on. Default: none."})
     image_size: list[int] = field(
         default_factory=lambda: [512],

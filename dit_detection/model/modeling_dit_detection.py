@@ -29,7 +29,7 @@ from .convert_dit import check_overrides, dit_config, fold_dit
 from .head import AnchorHead
 from .labels import make_targets, pad_labels
 from .latent_encoder import LatentEncoder
-from .load_dit import load_dit, source_name
+from .load_dit import default_timestep, load_dit, source_name
 from .load_original import load_original
 from .losses import DetectionLoss
 from .matcher import AnchorMatcher
@@ -243,7 +243,7 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
         source: Any,
         *,
         vae: Any = "auto",
-        timestep: int = 50,
+        timestep: int | None = None,
         condition: int | None = None,
         id2label: dict[int, str] | None = None,
         out_indices: list[int] | tuple[int, ...] | None = None,
@@ -261,8 +261,8 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
                 `family`, and `vae` for a DiT on latents: `stabilityai/sd-vae-ft-ema` for the published ones.
             vae (`str`, diffusers autoencoder or `None`): What turns pixels into latents. `"auto"`: the pipeline's own.
                 A Hub id, folder or object otherwise; `None` for a DiT on pixels.
-            timestep (`int`): Diffusion timestep whose features are used, 0 (clean) to 999. Of models of flow matching,
-                thousandths of noise.
+            timestep (`int`, *optional*): Diffusion timestep whose features are used, 0 (clean) to 999; of models of
+                flow matching, thousandths of noise. By default 50, and 200 of flow matching.
             condition (`int`, *optional*): Class the features are conditioned on; by default none (the null class).
             id2label (`dict[int, str]`, *optional*): The classes to detect.
             out_indices (`list[int]`, *optional*): 0-based blocks to tap; by default 10/28, 14/28 and 18/28 of the
@@ -287,6 +287,8 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
                 f"format, and source={shown!r} is no file. For diffusers leave them out: its configuration tells."
             )
         transformer, autoencoder = load_dit(dit, vae=vae)
+        if timestep is None:
+            timestep = default_timestep(source, family)
         if id2label is not None:
             if not isinstance(id2label, Mapping):
                 raise ValueError(f"id2label must be a dict of names by label, but is {id2label!r:.80}.")

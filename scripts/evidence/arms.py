@@ -65,7 +65,7 @@ def build_detector(
         config |= fitted_anchors(rows, settings, start).to_overrides()
     model = DiTForObjectDetection.from_diffusers(
         str(pretrained),
-        timestep=options.get("timestep", 50),
+        timestep=options.get("timestep"),
         id2label=id2label_of(rows),
         dtype=torch.float32,
         **config,

@@ -95,8 +95,8 @@ class Settings:
         training (`dict`): Of `DetectionTrainingArguments`; for a baseline `optimizer`, `learning_rate`,
             `weight_decay` and `max_grad_norm`.
         model (`dict`): Ours: `network` (a key of `SIZES`), `frozen_share` of the blocks, `num_views` (cached),
-            `timestep`, `tap_norm`, `fit_anchors`, `config` (of `DiTDetectionConfig`), `task_aligned` (of
-            `TaskAlignedLoss`). RetinaNet's: `anchor_scale`.
+            `timestep` (by default the library's for this DiT), `tap_norm`, `fit_anchors`, `config` (of
+            `DiTDetectionConfig`), `task_aligned` (of `TaskAlignedLoss`). RetinaNet's: `anchor_scale`.
         post (`dict`): Of our post-processing: `nms_threshold` or `soft_nms_sigma`.
         weights (`str`, *optional*): Fingerprint of the pretrained weights.
     """
