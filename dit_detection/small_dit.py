@@ -1,12 +1,13 @@
 """Small Diffusion Transformers: the pretrained one of the package, on latents, and random weights, on pixels."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel
 
-from .model.load_dit import fetch_folder, read_json
+from .model.load_dit import pipeline_folder, read_json
 
 # Folder of the pretrained DiT of size "small" with its autoencoder, for `from_diffusers` and --model. How
 # `dit-detect pretrain` made it: model_cards/small-dit/README.md.
@@ -41,30 +42,40 @@ DETECTORS: dict[str, dict[str, Any]] = {
 }
 
 
-def size_of(source: str | Path) -> str | None:
+def size_of(source: str | Path, vae: str | Path | None = "auto") -> str | None:
     """
     Which of the small DiTs a source has the size of: `dit-detect pretrain` makes such, and goes on with them.
 
     Args:
-        source (`str` or `Path`): Folder or Hub id of a pipeline of diffusers, or of a DiT alone. With an autoencoder
-            its tokens count in pixels.
+        source (`str` or `Path`): Folder or Hub id of a pipeline of diffusers, or of a DiT alone.
+        vae (`str` or `Path`, *optional*): Folder or Hub id of the autoencoder, by which a token counts in pixels;
+            `"auto"` for that of the pipeline, `None` for a DiT on pixels.
 
     Returns:
-        `str`, *optional*: A key of `SIZES`; `None` if it is of none, or no DiT.
+        `str`, *optional*: A key of `SIZES`; `None` if it is of none, or no DiT of diffusers.
     """
+    if os.path.isfile(source):
+        return None
     try:
-        folder = fetch_folder(source, "source", ["*.json"])
-        parts = [folder / name / "config.json" for name in ("transformer", "vae")]
-        dit, vae = (read_json(file) if file.is_file() else {} for file in parts)
-        dit = dit or read_json(folder / "config.json")
+        folder = pipeline_folder(source)
+        dit = _read_config(folder, "transformer")
+        latents = {} if vae is None else _read_config(folder if vae == "auto" else pipeline_folder(vae), "vae")
     except (OSError, ValueError):  # whoever loads it says why
         return None
-    widths = vae.get("encoder_block_out_channels") or vae.get("block_out_channels") or [0]
+    widths = latents.get("encoder_block_out_channels") or latents.get("block_out_channels") or [0]
     for size, fields in SIZES.items():
-        fields = fields | {"patch_size": fields["patch_size"] // 2 ** (len(widths) - 1)}
+        fields = fields | {"patch_size": max(1, fields["patch_size"] // 2 ** (len(widths) - 1))}
         if all(dit.get(name) == value for name, value in fields.items()):
             return size
     return None
+
+
+def _read_config(folder: Path, part: str) -> dict[str, Any]:
+    """The configuration of a part of a pipeline; or that of the folder itself, where it is none."""
+    for file in (folder / part / "config.json", folder / "config.json"):
+        if file.is_file():
+            return read_json(file)
+    return {}
 
 
 def detector_on(size: str | None, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -73,11 +84,14 @@ def detector_on(size: str | None, overrides: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         size (`str`, *optional*): A key of `DETECTORS`; `None` for another DiT, on which the defaults are.
-        overrides (`dict`): What was chosen otherwise.
+        overrides (`dict`): What was chosen otherwise. Where that goes without the size's strides, what belongs to them
+            is left to the defaults, too.
     """
     fields = dict(DETECTORS[size]) if size is not None else {}
-    if "strides" in overrides:
-        fields.pop("anchor_sizes", None)  # which belong to the strides
+    if "neck_channels" in overrides and overrides["neck_channels"] is None:  # a single map has the stride of a token
+        del fields["strides"], fields["anchor_sizes"]
+    elif "strides" in overrides and overrides["strides"] != fields.get("strides"):
+        fields.pop("anchor_sizes", None)
     return fields | overrides
 
 

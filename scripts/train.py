@@ -5,7 +5,7 @@ Annotated images → a trained detector, its mAP, and pictures of what it sees.
     accelerate launch scripts/train.py --model facebook/DiT-XL-2-256 --dataset path/to/coco --freeze_layers -1 \
         --output_dir my-detector
 
-The first trains a small DiT with random weights on shapes that the library draws. `--help` lists all options.
+The first trains the small pretrained DiT of the library on shapes that the library draws. `--help` lists all options.
 """
 
 import sys

@@ -1,14 +1,17 @@
 """The pretrained DiT that the package carries."""
 
 import json
+import shutil
 
+import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
 from dit_detection import DiTForObjectDetection
+from dit_detection.model import load_dit
 from dit_detection.pretraining.diffusion_model import DiffusionModel
 from dit_detection.pretraining.pipeline_folder import load_pipeline
-from dit_detection.small_dit import DETECTORS, SIZES, SMALL_DIT, size_of, write_small_dit
+from dit_detection.small_dit import DETECTORS, SIZES, SMALL_DIT, detector_on, size_of, write_small_dit
 
 
 def test_it_is_small_and_readable_by_everyone():
@@ -33,6 +36,11 @@ def test_the_size_of_a_dit_is_told_from_its_files(tmp_path):
     assert size_of(SMALL_DIT) == "small"  # on latents
     write_small_dit(tmp_path / "pixels" / "transformer", "tiny", 64)
     assert size_of(tmp_path / "pixels") == size_of(str(tmp_path / "pixels" / "transformer")) == "tiny"
+    alone = SMALL_DIT / "transformer"  # its pipeline lies around it
+    assert size_of(alone) == size_of(alone, SMALL_DIT) == size_of(alone, SMALL_DIT / "vae") == "small"
+    shutil.copytree(alone, tmp_path / "alone")
+    assert size_of(tmp_path / "alone", SMALL_DIT / "vae") == "small"
+    assert size_of(tmp_path / "alone") is size_of(SMALL_DIT, None) is None
     file = tmp_path / "pixels" / "transformer" / "config.json"
     config = json.loads(file.read_text())
     for other in (config | {"num_layers": 3}, {"model_type": "detr"}, [1]):
@@ -41,6 +49,24 @@ def test_the_size_of_a_dit_is_told_from_its_files(tmp_path):
     file.write_text("{")
     for none in (tmp_path / "pixels", file, tmp_path / "nowhere", "x/y/z", ""):
         assert size_of(none) is None
+
+
+def test_a_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "dit.pt").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(load_dit, "snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    assert size_of("weights/dit.pt") is None
+
+
+def test_what_belongs_to_the_strides_goes_with_them():
+    assert detector_on("small", {}) == DETECTORS["small"] and detector_on(None, {"strides": [8]}) == {"strides": [8]}
+    same = {"strides": DETECTORS["small"]["strides"], "neck_channels": 64}
+    assert detector_on("small", same) == DETECTORS["small"] | same
+    assert "anchor_sizes" not in detector_on("small", {"strides": [8, 16]})
+    assert detector_on("small", {"strides": [8], "anchor_sizes": [[9]]})["anchor_sizes"] == [[9]]
+    single = DiTForObjectDetection.from_diffusers(SMALL_DIT, **detector_on("small", {"neck_channels": None})).config
+    assert single.strides == [16] and len(single.anchor_sizes) == 1
 
 
 def test_a_detector_is_made_of_it_as_of_any_dit():

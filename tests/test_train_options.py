@@ -11,10 +11,10 @@ from tiny_training import TINY
 from dit_detection import DiTDetectionConfig, DiTDetectionImageProcessor, id2label_of, load_detection_dataset
 from dit_detection.anchor_fit import AnchorSetting, best_anchor_ious, boxes_of, coverage
 from dit_detection.commands import convert, train, train_options
-from dit_detection.commands.train_options import parse_options, read_json_option, shown_command
+from dit_detection.commands.train_options import EMBEDDED_JOB, parse_options, read_json_option, shown_command
 from dit_detection.data import draw_shapes_dataset
 from dit_detection.data.statistics import read_table
-from dit_detection.small_dit import DETECTORS, write_small_dit
+from dit_detection.small_dit import DETECTORS, SMALL_DIT, write_small_dit
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,12 @@ def test_what_a_detector_has_settled_is_refused(tiny_model, coco_set, tmp_path, 
     train.main(["--model", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--dry_run"])
 
 
+def test_the_embedded_job_has_a_rate_of_its_own(tmp_path):
+    for dit in ([], ["--random_dit", "small"], ["--model", str(SMALL_DIT)]):
+        _, _, args = parse_options(["--output_dir", str(tmp_path), *dit])
+        assert args.learning_rate == EMBEDDED_JOB["learning_rate"] == 2e-3
+
+
 @pytest.mark.parametrize(
     ("options", "rate", "decay", "frozen"),
     [
@@ -150,13 +156,27 @@ def test_a_small_dit_gets_the_detector_of_its_size(tmp_path, monkeypatch):
     job = ["--model", str(tmp_path / "dit"), "--output_dir", str(tmp_path / "out"), "--image_size", "64", "--dry_run"]
     train.main(job)
     train.main([*job, "--config_overrides", '{"neck_channels": 32, "out_indices": [1]}'])
+    train.main([*job, "--config_overrides", '{"out_indices": [0]}'])
+    assert models.pop().config.num_hidden_layers == 1  # of which half of four cannot be frozen
     train.main([*job, "--config_overrides", '{"strides": [8, 16]}'])
     assert [len(sizes) for sizes in models.pop().config.anchor_sizes] == [3, 3]  # those of other strides would not fit
     configs = [model.config for model in models]
     convert.main([str(tmp_path / "dit"), str(tmp_path / "detector")])
     configs.append(DiTDetectionConfig.from_pretrained(tmp_path / "detector"))
     assert [(c.neck_channels, c.out_indices) for c in configs] == [(64, [0, 3]), (32, [1]), (64, [0, 3])]
-    assert all(c.strides == [8, 16, 32] and c.num_anchors_per_cell == 1 for c in configs)
+    assert all(c.strides == [8, 16, 32] and c.num_anchors_per_cell == 1 and c.timestep == 50 for c in configs)
+
+
+@pytest.mark.usefixtures("few_shapes")
+def test_the_timestep_is_that_of_the_schedule(tmp_path, monkeypatch):
+    models = []
+    monkeypatch.setattr(train, "describe_cost", lambda model, *_: models.append(model))
+    job = ["--output_dir", str(tmp_path / "out"), "--image_size", "64", "--dry_run"]
+    train.main(job)
+    train.main([*job, "--timestep", "50"])
+    convert.main([str(SMALL_DIT), str(tmp_path / "detector")])
+    configs = [*(model.config for model in models), DiTDetectionConfig.from_pretrained(tmp_path / "detector")]
+    assert [config.timestep for config in configs] == [200, 50, 200]  # flow matching
 
 
 def test_one_precision_alone_is_the_one_that_is_named(tmp_path, monkeypatch):

@@ -27,7 +27,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("output_dir", help="folder of the detector")
     parser.add_argument("--vae", default="auto", help="'auto', Hub id or folder of the autoencoder, or 'none'")
     parser.add_argument("--family", choices=["dit", "sit", "repa"], help="of a .pt file: whose code saved it")
-    parser.add_argument("--timestep", type=int, help="diffusion timestep, 0 to 999; default: 50, of flow matching 200")
+    parser.add_argument(
+        "--timestep",
+        type=int,
+        help="diffusion timestep, 0 to 999; default: 50; 200 of flow matching, as its scheduler or --family says",
+    )
     parser.add_argument("--condition", type=int, help="class to condition on; default: none")
     parser.add_argument("--labels", nargs="+", help="names of the classes to detect")
     parser.add_argument("--image_size", type=int, default=512, help="side of the square canvas, in pixels")
@@ -37,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     source, target = Path(args.source).resolve(), Path(args.output_dir).resolve()
     is_merged = is_adapter(args.source)
     base = base_of(source) if is_merged and source.is_dir() else source
-    vae = [Path(args.vae).resolve()] if Path(args.vae).is_dir() else []
-    if target in (source, source / BASE, Path(base).resolve(), *vae):
+    read_too = [Path(args.vae).resolve()] if Path(args.vae).is_dir() else []
+    if target in (source, source / BASE, Path(base).resolve(), *read_too):
         parser.error(f"{args.output_dir} has what is converted, which would be written over. Name another folder.")
     if target.exists() and not target.is_dir():
         parser.error(f"{args.output_dir} is a file. Name a folder.")
@@ -63,12 +67,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "condition": args.condition,
         "id2label": dict(enumerate(args.labels)) if args.labels else None,
     }
+    vae = None if args.vae == "none" else args.vae
     model = DiTForObjectDetection.from_diffusers(
         args.source,
-        vae=None if args.vae == "none" else args.vae,
+        vae=vae,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         family=args.family,
-        **(fields | detector_on(size_of(args.source), read_config_overrides(args.config_overrides))),
+        **(fields | detector_on(size_of(args.source, vae), read_config_overrides(args.config_overrides))),
     )
     model.save_pretrained(args.output_dir)
     DiTDetectionImageProcessor(size=args.image_size).save_pretrained(args.output_dir)

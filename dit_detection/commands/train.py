@@ -192,6 +192,8 @@ def _load_model(
         is_saved = False
     if model_args.freeze_layers is not None:
         depth = model.config.num_hidden_layers
+        if "freeze_layers" not in model_args.given:  # half of a small DiT, of which fewer blocks may have been left
+            model_args.freeze_layers = min(model_args.freeze_layers, depth)
         if not -1 <= model_args.freeze_layers <= depth:
             raise ValueError(
                 f"--freeze_layers {model_args.freeze_layers} must lie between 0 and {depth}, the blocks up to the "
@@ -278,12 +280,12 @@ def _make_detector(
             if args.process_index == 0:
                 write_small_dit(source, model_args.random_dit, max(model_args.image_size), args.seed)
         overrides = {"base_model": None} | overrides
-    overrides = detector_on(size_of(source), overrides)
+    overrides = detector_on(size_of(source, model_args.vae), overrides)
     fields = {name: getattr(model_args, name) for name in ("timestep", "condition", "attn_implementation")}
     # Weights that are trained stay in float32, whatever the file holds; autocast computes in bf16.
     model = DiTForObjectDetection.from_diffusers(
         source,
-        vae=None if model_args.vae == "none" else model_args.vae,
+        vae=model_args.vae,
         id2label=id2label_of(dataset),
         dtype=torch.float32,
         family=model_args.family,
@@ -319,7 +321,7 @@ def _refuse_what_is_settled(
     """A detector that training goes on with has its DiT, folded into its weights, and its canvas."""
     check_overrides(overrides)
     size = model_args.image_size
-    given = {f"--vae {model_args.vae}"} if model_args.vae != "auto" else set()
+    given = {f"--vae {model_args.vae or 'none'}"} if model_args.vae != "auto" else set()
     given |= {f"--family {model_args.family}"} if model_args.family is not None else set()
     if "image_size" in model_args.given and (size[0], size[-1]) != canvas:
         given.add(f"--image_size {size}")

@@ -57,13 +57,16 @@ class ModelArguments:
             "choices": ["tiny", "small"],
         },
     )
-    vae: str = field(
+    vae: str | None = field(
         default="auto",
         metadata={"help": "Hub id or folder of the autoencoder; 'auto': the pipeline's own; 'none': a DiT on pixels."},
     )
     timestep: int | None = field(
         default=None,
-        metadata={"help": "Diffusion timestep whose features are used, 0 to 999. Default: 50, of flow matching 200."},
+        metadata={
+            "help": "Diffusion timestep whose features are used, 0 to 999. Default: 50; 200 of flow matching, as "
+            "its scheduler or --family says."
+        },
     )
     condition: int | None = field(default=None, metadata={"help": "Class the DiT is conditioned on. Default: none."})
     image_size: list[int] = field(
@@ -214,8 +217,11 @@ def parse_options(argv: list[str]) -> tuple[ModelArguments, DataArguments, Detec
         data_args.num_views = 1
     elif data_args.num_views is None and args.cache_frozen:
         data_args.num_views = VIEWS_IN_CACHE
-    if model_args.random_dit is None and (size := size_of(model_args.model or SMALL_DIT)) is not None:
-        if not _names(argv, "--learning_rate"):
+    if model_args.vae == "none":
+        model_args.vae = None
+    size = None if model_args.random_dit else size_of(model_args.model or SMALL_DIT, model_args.vae)
+    if size is not None:
+        if data_args.dataset is not None and not _names(argv, "--learning_rate"):
             args.learning_rate = SMALL_LEARNING_RATE
         if not _names(argv, "--freeze_layers"):
             model_args.freeze_layers = SIZES[size]["num_layers"] // 2

@@ -262,7 +262,8 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
             vae (`str`, diffusers autoencoder or `None`): What turns pixels into latents. `"auto"`: the pipeline's own.
                 A Hub id, folder or object otherwise; `None` for a DiT on pixels.
             timestep (`int`, *optional*): Diffusion timestep whose features are used, 0 (clean) to 999; of models of
-                flow matching, thousandths of noise. By default 50, and 200 of flow matching.
+                flow matching, thousandths of noise. By default 50, and 200 of flow matching, as the scheduler of a
+                pipeline or `family` says.
             condition (`int`, *optional*): Class the features are conditioned on; by default none (the null class).
             id2label (`dict[int, str]`, *optional*): The classes to detect.
             out_indices (`list[int]`, *optional*): 0-based blocks to tap; by default 10/28, 14/28 and 18/28 of the

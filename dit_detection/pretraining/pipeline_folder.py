@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 from diffusers import DiTPipeline, DiTTransformer2DModel
 
-from ..model.load_dit import fetch_folder, load_dit, read_json, source_name
+from ..model.load_dit import load_dit, pipeline_folder, read_json, source_name
 from .new_dit import new_scheduler
 
 logger = logging.getLogger(__name__)
@@ -55,9 +55,7 @@ def save_pipeline(folder: str | os.PathLike, transformer: DiTTransformer2DModel,
 
 
 def _load_scheduler(source: str) -> Any:
-    folder = Path(os.path.abspath(fetch_folder(source, "source", ["*.json"])))
-    if folder.name == "transformer" and (folder.parent / INDEX).is_file():
-        folder = folder.parent  # of a pipeline, whose scheduler lies beside it
+    folder = pipeline_folder(source)
     file = folder / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         if (folder / INDEX).is_file():
