@@ -11,14 +11,14 @@ import torch
 from dit_detection import DetectionDataset, collate_detection, id2label_of
 from dit_detection.commands import pretrain
 from dit_detection.data import draw_shapes_dataset
-from dit_detection.small_dit import size_of, write_small_dit
+from dit_detection.small_dit import SMALL_DIT, size_of, write_small_dit
 
 ROOT = Path(__file__).parents[1]
 # The folder above `scripts`, as scripts/experiments.py does it.
 sys.path.append(str(ROOT))
 
 from scripts.evidence import autoencoding, running  # noqa: E402
-from scripts.evidence.arms import fingerprint_of  # noqa: E402
+from scripts.evidence.arms import build_detector, fingerprint_of  # noqa: E402
 from scripts.evidence.baselines import DFine, RetinaNet, corner_targets, relative_targets, to_original  # noqa: E402
 from scripts.evidence.evaluation import evaluate, predictor, soft_nms  # noqa: E402
 from scripts.evidence.images import draw_subset, make_processor, training_images  # noqa: E402
@@ -278,6 +278,12 @@ def test_a_pretrained_dit_is_known_by_its_network_and_its_weights(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no weights"):
         fingerprint_of(tmp_path / "empty")
+
+
+def test_an_arm_reads_the_features_of_its_dits_own_timestep(shapes, tmp_path):
+    tuned = settings_of("tuned", "bccd", 1.0, 0)
+    for settings, timestep in ((tuned, 200), (tuned.with_changes({"model": {"timestep": 50}}), 50)):
+        assert build_detector(shapes["train"], settings, SMALL_DIT, tmp_path).config.timestep == timestep
 
 
 @pytest.mark.slow
