@@ -46,8 +46,9 @@ class Runner:
         for folder in pretrained.values():
             if (size := size_of(folder)) != NETWORK:
                 raise ValueError(
-                    f"{folder} is of the size {size!r}, but NETWORK in scripts/evidence/settings.py is {NETWORK!r}: "
-                    "all arms are one network. Change it there, and all runs are new ones."
+                    f"{folder} is {f'of the size {size!r}' if size else 'no small DiT of ours'}, but NETWORK in "
+                    f"scripts/evidence/settings.py is {NETWORK!r}: all arms have its blocks. Change it there, and all "
+                    "runs are new ones."
                 )
         # The splits of the last data set, and the last detector that was trained: runs may differ after that alone.
         self._splits: tuple[str, Any] = ("", None)
