@@ -14,7 +14,7 @@ from .model.load_dit import pipeline_folder, read_json
 SMALL_DIT = Path(__file__).parent / "small-dit"
 
 # On pixels; on latents tokens are as many pixels wide. "tiny" is for tests; "small" learns a few hundred photographs
-# within two hours on 2 cores.
+# on a CPU.
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 4, "patch_size": 8},
     "small": {"num_attention_heads": 4, "attention_head_dim": 48, "num_layers": 6, "patch_size": 16},
