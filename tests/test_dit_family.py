@@ -375,7 +375,7 @@ def test_family_and_heads_are_for_files_alone(tmp_path):
 
 
 def test_commands_take_the_files(tmp_path, monkeypatch, capsys):
-    from dit_detection.commands import convert, train
+    from dit_detection.commands import convert, starting_model
 
     path = str(save(reference(), tmp_path / "SiT-tiny.pt"))
     overrides = '{"num_attention_heads": 2, "neck_channels": 8, "head_channels": [8]}'
@@ -384,8 +384,10 @@ def test_commands_take_the_files(tmp_path, monkeypatch, capsys):
     model = DiTForObjectDetection.from_pretrained(tmp_path / "out")
     assert (model.config.base_model, model.config.num_attention_heads) == ("SiT-tiny.pt", 2)
     # A file of gigabytes must not be read as text to see that it is no configuration.
-    monkeypatch.setattr(train.AutoConfig, "from_pretrained", lambda source: pytest.fail("read as a configuration"))
-    assert not train._is_detector(path)
+    monkeypatch.setattr(
+        starting_model.AutoConfig, "from_pretrained", lambda source: pytest.fail("read as a configuration")
+    )
+    assert not starting_model._is_detector(path)
 
 
 def test_the_names_of_the_published_files_have_no_folder(tmp_path, monkeypatch):

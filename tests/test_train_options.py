@@ -10,7 +10,7 @@ from tiny_training import TINY
 
 from dit_detection import DiTDetectionConfig, DiTDetectionImageProcessor, id2label_of, load_detection_dataset
 from dit_detection.anchor_fit import AnchorSetting, best_anchor_ious, boxes_of, coverage
-from dit_detection.commands import convert, train, train_options
+from dit_detection.commands import convert, starting_model, train, train_options
 from dit_detection.commands.train_options import EMBEDDED_JOB, parse_options, read_json_option, shown_command
 from dit_detection.data import draw_shapes_dataset
 from dit_detection.data.statistics import read_table
@@ -224,7 +224,7 @@ def test_the_class_layer_is_that_of_the_classes(tiny_model, coco_set, tmp_path, 
         DiTDetectionImageProcessor(size=64).save_pretrained(tmp_path / kind)
         model_args, _, _ = parse_options(["--model", str(tmp_path / kind)])
         caplog.clear()
-        model, _ = train._load_detector(str(tmp_path / kind), model_args, dataset, {})
+        model, _ = starting_model._load_detector(str(tmp_path / kind), model_args, dataset, {})
         assert list(model.config.id2label.values()) == names
         assert torch.equal(model.head.box_predictor.weight, given.head.box_predictor.weight)
         layer = model.head.class_predictor
