@@ -15,18 +15,12 @@ from dit_detection import (
 )
 from dit_detection.adapters import is_adapter
 from dit_detection.commands import convert
-from dit_detection.data import draw_shapes_dataset
 from dit_detection.training.trainer import parameter_groups
 
 # Whole trainings: together they take longer than all the fast tests may.
 pytestmark = pytest.mark.slow
 
 pytest.importorskip("peft")
-
-
-@pytest.fixture(scope="module")
-def dataset():
-    return draw_shapes_dataset(8, 3, 0, image_size=(48, 64))
 
 
 @pytest.fixture
