@@ -1,52 +1,22 @@
 """Damaged files of every format; `test_data_damage.py` has the damages of single fields of a COCO JSON."""
 
-import json
-import os
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from annotation_folders import OBJECTS, objects_of, voc_xml, write_text, write_voc, write_yolo
-from coco_folder import coco_content, write_coco, write_images, write_json
-from datasets import Image
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from PIL import Image as PILImage
+from annotation_folders import objects_of, write_text, write_voc, write_yolo
+from coco_folder import coco_content, write_coco, write_images
+from more_annotation_files import CSV, link_out, with_image_list, with_list, write_csv, write_jsonl
 
 from dit_detection.data import (
     InvalidDatasetError,
     ProblemLog,
-    class_names_of,
     load_detection_dataset,
     read_detection_dataset,
 )
-from dit_detection.data.problems import REMARKS, REMEDIES
+from dit_detection.data.problems import REMEDIES
 
-CSV = "file_name,xmin,ymin,xmax,ymax,label\na.png,0.5,0,4.5,30,cat\nb.png,1,2,11,10,dog\nb.png,30,20,40,30,cat\n"
-ROWS = [
-    {"file_name": name, "objects": {"bbox": [box for _, box in found], "category": [label for label, _ in found]}}
-    for name, found in OBJECTS.items()
-]
 Damage = Callable[[Path], object]  # what is done to a file; it gets the path
-
-
-def write_csv(folder: Path) -> Path:
-    return write_text(write_images(folder) / "metadata.csv", CSV).parent
-
-
-def write_jsonl(folder: Path) -> Path:
-    return write_text(write_images(folder) / "metadata.jsonl", "\n".join(map(json.dumps, ROWS))).parent
-
-
-def with_list(folder: Path) -> Path:
-    return write_text(write_voc(folder) / "ImageSets" / "Main" / "train.txt", "a\nb\n").parents[2]
-
-
-def with_image_list(folder: Path) -> Path:
-    write_text(write_yolo(folder) / "train.txt", "images/a.png\nimages/b.png\n")
-    return write_text(folder / "data.yaml", "train: train.txt\nnames: [cat, dog]\n").parent
 
 
 def text(content: str) -> Damage:
@@ -77,11 +47,6 @@ def utf16(file: Path) -> None:
 def folder_instead(file: Path) -> None:
     file.unlink()
     file.mkdir()
-
-
-def link_out(file: Path) -> None:
-    os.rename(file, file.parents[2] / "outside.png")
-    file.symlink_to(file.parents[2] / "outside.png")
 
 
 ENTITY_BOMB = (
@@ -306,117 +271,6 @@ def test_byte_order_marks_and_windows_line_ends_are_read(tmp_path: Path) -> None
         assert objects_of(load_detection_dataset(folder)["train"]) == expected
 
 
-@pytest.mark.parametrize("stored", ["Äpfel.JPG", unicodedata.normalize("NFD", "äpfel.jpg")])
-def test_names_in_another_case_or_encoding_of_accents_are_found(tmp_path: Path, stored: str, caplog) -> None:
-    content = coco_content()
-    content["images"][0]["file_name"] = "äpfel.jpg"
-    write_coco(tmp_path, content)
-    os.rename(tmp_path / "images" / "a.png", tmp_path / "images" / stored)  # and its content is PNG
-    train = load_detection_dataset(tmp_path)["train"]
-    assert Path(train.cast_column("image", Image(decode=False))[0]["image"]["path"]).name == stored
-    assert train[0]["image"].size == (40, 30)
-    assert "1 x file name differs from the annotation" in caplog.text
-    PILImage.new("RGB", (40, 30)).save(tmp_path / "images" / "ÄPFEL.jpg")
-    with pytest.raises(InvalidDatasetError, match="there is no file "):  # it could be either
-        load_detection_dataset(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["images/0a1b2c3d-{}", "images\\{}", "{}"])
-def test_names_that_all_differ_are_found(tmp_path: Path, name: str) -> None:
-    content = coco_content()
-    for image, file in zip(content["images"], ("A.PNG", "B.PNG"), strict=True):
-        image["file_name"] = name.format(file)
-    folder = write_coco(tmp_path, content)
-    (folder / "images" / "old").mkdir()
-    assert list(objects_of(load_detection_dataset(folder)["train"])) == ["a.png", "b.png"]
-
-
-def csv_of_two(folder: Path, names: tuple[str, str]) -> None:
-    lines = "".join(f"{name},1,1,9,9,cat\n" for name in names)
-    write_text(folder / "metadata.csv", f"file_name,xmin,ymin,xmax,ymax,label\n{lines}")
-
-
-def coco_of_two(folder: Path, names: tuple[str, str]) -> None:
-    content = coco_content()
-    for image, name in zip(content["images"], names, strict=True):
-        image["file_name"] = name
-    write_json(folder / "annotations_train.json", content)
-
-
-def voc_of_two(folder: Path, names: tuple[str, str]) -> None:
-    for name in names:
-        write_text(folder / f"{Path(name).stem}.xml", voc_xml(name, OBJECTS["b.png"]))
-
-
-@pytest.mark.parametrize("write", [csv_of_two, coco_of_two, voc_of_two])
-@pytest.mark.parametrize(
-    ("names", "num_missing"),
-    [(("a.png", "A.png"), 1), (("A.png", "aaaaaaaa-a.png"), 2), (("aaaaaaaa-a.png", "bbbbbbbb-a.png"), 2)],
-)
-def test_a_file_is_that_of_one_entry_alone(
-    tmp_path: Path, write: Callable[..., None], names: tuple[str, str], num_missing: int
-) -> None:
-    write_images(tmp_path, ("a.png", "b.png"))
-    write(tmp_path, names)
-    problems = ProblemLog("drop")
-    dataset = read_detection_dataset(tmp_path, problems)
-    assert problems.counts["missing image file"] == num_missing
-    assert problems.examples["missing image file"][0].what.endswith("a.png is alike, and another entry means it, too")
-    assert (dataset is None) == (num_missing == 2)
-    if dataset is not None:
-        assert list(objects_of(dataset["train"])) == ["a.png"]
-
-
-@pytest.mark.parametrize("write", [csv_of_two, coco_of_two, voc_of_two])
-def test_a_file_of_another_case_is_told_of_whatever_the_format(tmp_path: Path, write: Callable[..., None]) -> None:
-    write_images(tmp_path, ("a.png", "b.png"))
-    write(tmp_path, ("A.png", "b.png"))
-    problems = ProblemLog("error")
-    dataset = read_detection_dataset(tmp_path, problems)
-    assert dataset is not None and list(objects_of(dataset["train"])) == ["a.png", "b.png"]
-    (problem,) = problems.examples["file name differs from the annotation"]
-    assert problem.what == f"{tmp_path / 'a.png'} is taken"
-    assert dict(problems.counts) == {"file name differs from the annotation": 1}
-
-
-def test_a_link_of_another_case_is_minded_too(tmp_path: Path) -> None:
-    folder = write_coco(tmp_path / "data")
-    link_out(folder / "images" / "a.png")
-    os.rename(folder / "images" / "a.png", folder / "images" / "A.png")
-    with pytest.raises(InvalidDatasetError, match=r"outside\.png"):
-        load_detection_dataset(folder)
-
-
-def rename_to_latin(folder: Path, name: str) -> None:
-    folder, suffix = (folder / name).parent, Path(name).suffix
-    os.rename(folder / Path(name).name, os.fsencode(folder) + b"/caf\xe9" + suffix.encode())
-
-
-@pytest.mark.parametrize(
-    ("write", "files"),
-    [(write_yolo, ["images/b.png", "labels/b.txt"]), (write_voc, ["JPEGImages/b.png", "Annotations/b.xml"])],
-)
-def test_a_file_name_that_is_not_utf8_is_reported(
-    tmp_path: Path, write: Callable[[Path], Path], files: list[str]
-) -> None:
-    folder = write(tmp_path)
-    for file in files:
-        rename_to_latin(folder, file)
-    with pytest.raises(InvalidDatasetError, match=r"there is .*caf\\udce9\.png(.|\n)*not UTF-8: rename the file"):
-        load_detection_dataset(folder)
-    assert list(objects_of(load_detection_dataset(folder, on_invalid="drop")["train"])) == ["a.png"]
-
-
-def test_an_image_of_no_split_whose_name_is_not_utf8(tmp_path: Path) -> None:
-    folder = write_coco(tmp_path)
-    PILImage.new("RGB", (4, 3)).save(folder / "images" / "c.png")
-    rename_to_latin(folder, "images/c.png")
-    problems = ProblemLog("error")
-    read_detection_dataset(folder, problems)
-    (problem,) = problems.examples["image without annotations"]
-    assert problem.where == problem.image == f"{folder}/images/caf\\udce9.png"
-
-
 def test_nothing_is_recognised_and_the_message_says_what_is_there(tmp_path: Path) -> None:
     write_images(tmp_path / "pictures")
     write_text(tmp_path / "readme.md", "")
@@ -444,98 +298,3 @@ def test_problems_are_kept_with_image_and_box(tmp_path: Path) -> None:
     assert problems.examples["missing image file"][0].image == str(tmp_path / "images" / "gone.png")
     with pytest.raises(InvalidDatasetError, match="31 problems"):
         problems.finish()
-
-
-NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0", exclude_categories=["C", "Z"]), min_size=1)
-QUIET = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@st.composite
-def annotated(draw: st.DrawFn) -> dict[str, list[tuple[str, list[float]]]]:
-    """Objects of the two images; coordinates are hundredths of a pixel, which every format can say."""
-    classes = draw(st.lists(NAMES, min_size=1, max_size=3, unique=True))
-
-    def box() -> list[float]:
-        x, y = draw(st.integers(0, 3990)), draw(st.integers(0, 2990))
-        w, h = draw(st.integers(10, 4000 - x)), draw(st.integers(10, 3000 - y))
-        return [x / 100, y / 100, w / 100, h / 100]
-
-    found = {
-        name: [(draw(st.sampled_from(classes)), box()) for _ in range(draw(st.integers(0, 4)))] for name in OBJECTS
-    }
-    found["a.png"].append((classes[0], [1.5, 2, 3, 4]))  # or all could lie between 0 and 1, which is refused
-    return found
-
-
-@QUIET
-@given(objects=annotated())
-def test_random_annotations_read_back_from_every_format(tmp_path_factory: Any, objects: dict[str, Any]) -> None:
-    folder = tmp_path_factory.mktemp("random")
-    classes = sorted({label for found in objects.values() for label, _ in found})
-    content = {
-        "images": [{"id": index, "file_name": name, "width": 40, "height": 30} for index, name in enumerate(objects)],
-        "categories": [{"id": 3 + label, "name": name} for label, name in enumerate(classes)],
-        "annotations": [
-            {"image_id": index, "category_id": 3 + classes.index(label), "bbox": box}
-            for index, found in enumerate(objects.values())
-            for label, box in found
-        ],
-    }
-    for index, annotation in enumerate(content["annotations"]):
-        annotation["id"] = index
-    write_voc(folder / "voc", objects)
-    write_images(folder / "yolo" / "images")
-    for name, found in objects.items():
-        lines = [
-            f"{classes.index(label)} {(x + w / 2) / 40:.8f} {(y + h / 2) / 30:.8f} {w / 40:.8f} {h / 30:.8f}"
-            for label, (x, y, w, h) in found
-        ]
-        write_text(folder / "yolo" / "labels" / f"{Path(name).stem}.txt", "\n".join(lines))
-    write_text(folder / "yolo" / "data.yaml", f"train: images\nnames: {json.dumps(classes, ensure_ascii=False)}\n")
-    for source in (write_coco(folder / "coco", content), folder / "voc", folder / "yolo"):
-        dataset = load_detection_dataset(source, check_files=False)
-        assert class_names_of(dataset) == classes
-        found = objects_of(dataset["train"])
-        assert list(found) == list(objects)
-        for name, expected in objects.items():
-            assert [label for label, _ in found[name]] == [label for label, _ in expected]
-            for (_, box), (_, other) in zip(found[name], expected, strict=True):
-                assert box == pytest.approx(other, abs=1e-9)
-
-
-ANNOTATION_FILES = [
-    (write_coco, "annotations_train.json"),
-    (write_voc, "Annotations/b.xml"),
-    (write_voc, "labelmap.txt"),
-    (with_list, "ImageSets/Main/train.txt"),
-    (write_yolo, "data.yaml"),
-    (write_yolo, "labels/b.txt"),
-    (with_image_list, "train.txt"),
-    (write_csv, "metadata.csv"),
-    (write_jsonl, "metadata.jsonl"),
-    (write_images, "metadata.parquet"),
-]
-
-
-@pytest.mark.parametrize(("write", "file"), ANNOTATION_FILES, ids=[name for _, name in ANNOTATION_FILES])
-@QUIET
-@given(data=st.data())
-def test_garbage_raises_nothing_but_the_one_error(
-    tmp_path: Path, write: Callable[[Path], Path], file: str, data: st.DataObject
-) -> None:
-    folder = write(tmp_path / "data") if not (tmp_path / "data").exists() else tmp_path / "data"
-    path = folder / file
-    sound = tmp_path / "sound"
-    if not sound.exists():
-        sound.write_bytes(path.read_bytes() if path.exists() else b"PAR1")
-    content = sound.read_bytes()
-    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, len(content))] * 2)))
-    text_like = st.text("0123456789.-+eE \n\r\t,:;[]{}\"'<>/&!*%#@abnaninftruefalsenull\\\0\u00e9\u2028", max_size=30)
-    garbage = data.draw(st.one_of(st.binary(max_size=30), text_like.map(str.encode), st.just(b"")))
-    path.write_bytes(content[:start] + garbage + content[stop:])
-    problems = ProblemLog("error")
-    dataset = read_detection_dataset(folder, problems, check_files=False)
-    assert (dataset is None) == problems.fatal
-    if any(kind not in REMARKS for kind in problems.counts):
-        with pytest.raises(InvalidDatasetError):
-            problems.finish()

@@ -4,11 +4,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from tiny_inputs import assert_same_outputs, masks, pixels
 from tiny_training import LATENTS
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForObjectDetection
-from transformers.image_processing_utils import BatchFeature
 
 from dit_detection import (
     DiTDetectionConfig,
@@ -22,29 +21,6 @@ from dit_detection.model.box_coder import BoxCoder
 from dit_detection.model.labels import pad_labels
 
 NUM_ANCHORS = 9 * (8 * 8 + 4 * 4 + 2 * 2)  # of 64 x 64 pixels
-PRIOR_BIAS = -math.log(0.99 / 0.01)
-
-
-def pixels(batch_size=2, height=64, width=64, seed=0):
-    return torch.randn(batch_size, 3, height, width, generator=torch.Generator().manual_seed(seed))
-
-
-def masks(*sizes, height=64, width=64):
-    mask = torch.zeros(len(sizes), height, width, dtype=torch.int64)
-    for row, (h, w) in zip(mask, sizes, strict=True):
-        row[:h, :w] = 1
-    return mask
-
-
-def labels_of(boxes, class_labels=None, **extra):
-    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-    class_labels = [0] * len(boxes) if class_labels is None else class_labels
-    return {"boxes": boxes, "class_labels": torch.tensor(class_labels, dtype=torch.int64), **extra}
-
-
-def assert_same_outputs(one, other, **tolerance):
-    for key in ("logits", "pred_boxes"):
-        torch.testing.assert_close(getattr(one, key), getattr(other, key), **(tolerance or {"rtol": 0, "atol": 0}))
 
 
 # the shape of a transformers model
@@ -321,139 +297,6 @@ def test_a_perfect_head_gives_the_annotated_boxes_back(tiny_model, monkeypatch, 
             torch.testing.assert_close(box, torch.tensor([x, y, x + w, y + h]), atol=0.1, rtol=0)
 
 
-# training
-
-
-def test_the_config_reaches_the_matcher(tiny_model):
-    settings = {
-        "matcher": "max_iou",
-        "foreground_iou": 0.7,
-        "background_iou": 0.3,
-        "allow_low_quality_matches": False,
-        "atss_candidates": 5,
-    }
-    matcher = tiny_model(**settings).detection_loss.matcher
-    assert vars(matcher) == {"method": settings.pop("matcher"), "num_anchors_per_cell": 9, **settings}
-
-
-LABEL_CASES = {
-    "objects": [labels_of([[0.5, 0.5, 0.4, 0.4], [0.2, 0.3, 0.1, 0.2]], [0, 2]), labels_of([[0.7, 0.7, 0.5, 0.5]])],
-    "an image without objects": [labels_of([[0.5, 0.5, 0.4, 0.4]]), labels_of([])],
-    "no objects at all": [labels_of([]), labels_of([])],
-    "no anchor touched": [labels_of([[1.9, 1.9, 0.1, 0.1]]), labels_of([[-1.9, 0.5, 0.1, 0.1]])],
-    "crowds only": [labels_of([[0.5, 0.5, 1, 1]], iscrowd=torch.tensor([1])), labels_of([], iscrowd=torch.tensor([]))],
-    "out of the image": [labels_of([[0.5, 0.5, 1.9, 1.9], [1.0, 1, 0.5, 0.5]]), labels_of([[0.0, 0, 1, 1]])],
-    "without area": [labels_of([[0.5, 0.5, 0, 0.1], [0.2, 0.2, 0, 0]]), labels_of([[1.0, 1, 0, 0]])],
-    "2000 objects": [
-        labels_of(torch.rand(2000, 4, generator=torch.Generator().manual_seed(0)).tolist()),
-        labels_of([]),
-    ],
-}
-
-
-@pytest.mark.parametrize("case", LABEL_CASES)
-@pytest.mark.parametrize("box_loss", ["giou", "smooth_l1"])
-def test_every_parameter_gets_a_finite_gradient_in_every_case(tiny_model, case, box_loss):
-    model = tiny_model(box_loss=box_loss, matcher="max_iou" if case == "2000 objects" else "atss").train()
-    images, labels = pixels(), LABEL_CASES[case]
-    before = copy.deepcopy((images, labels))
-    outputs = model(images, labels=labels, pixel_mask=masks((64, 64), (64, 50)))
-    outputs.loss.backward()
-    assert torch.isfinite(outputs.loss)
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert torch.isfinite(parameter.grad).all(), name
-    assert torch.equal(images, before[0])
-    for image_labels, old in zip(labels, before[1], strict=True):
-        assert all(torch.equal(image_labels[key], old[key]) for key in old)
-
-
-def test_labels_may_be_batch_features_with_all_their_keys(tiny_model, random_labels):
-    model = tiny_model()
-    plain = [random_labels(2), random_labels(1)]
-    extra = {"image_id": torch.tensor([7]), "area": torch.ones(2), "orig_size": torch.tensor([9, 9])}
-    full = [BatchFeature({**image_labels, **extra}) for image_labels in plain]
-    assert torch.equal(model(pixels(), labels=full).loss, model(pixels(), labels=plain).loss)
-
-
-def saved_tensors(module, *inputs):
-    """How many tensors a forward pass keeps for the backward pass."""
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(1) or tensor, lambda tensor: tensor):
-        module(*inputs)
-    return len(saved)
-
-
-def test_freezing_saves_what_the_backward_pass_would_need(tiny_model, random_labels):
-    model = tiny_model(num_hidden_layers=3, out_indices=[2]).train()
-    backbone = model.model.backbone
-    layer_alone = saved_tensors(backbone.layers[2], torch.randn(2, 16, 32))
-    norm_alone = saved_tensors(backbone.tap_norms[0], torch.randn(2, 16, 32))
-    everything = saved_tensors(model.model, pixels())
-    model.freeze_backbone(2)
-    assert saved_tensors(model.model, pixels()) == pytest.approx(layer_alone + norm_alone, abs=3)
-    assert everything > 2.5 * layer_alone
-    model(pixels(), labels=[random_labels(2)] * 2).loss.backward()
-    frozen = {name for name, parameter in model.named_parameters() if parameter.grad is None}
-    prefixes = ("model.backbone.patch_embedding.", "model.backbone.layers.0.", "model.backbone.layers.1.")
-    assert frozen == {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
-    model.freeze_backbone()
-    assert saved_tensors(model.model, pixels()) == norm_alone
-    assert saved_tensors(backbone.layers[2], backbone.patch_embedding(pixels())) == 0
-    model.unfreeze_backbone()
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    assert saved_tensors(model.model, pixels()) == everything
-
-
-def test_freezing_is_counted_from_the_first_block_and_checked(tiny_model):
-    model = tiny_model()
-    model.freeze_backbone()
-    model.freeze_backbone(0)  # trains every block again; the embedding stays frozen
-    assert all(parameter.requires_grad for parameter in model.model.backbone.layers.parameters())
-    assert not any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters())
-    for wrong in (-1, 3):
-        with pytest.raises(ValueError, match=f"num_layers={wrong} must lie between 0 and 2"):
-            model.freeze_backbone(wrong)
-
-
-def test_the_latent_encoder_never_trains(tiny_model, random_labels, tmp_path):
-    model = tiny_model(**LATENTS)
-    model.save_pretrained(tmp_path)
-    for candidate in (model, DiTForObjectDetection.from_pretrained(tmp_path), copy.deepcopy(model)):
-        candidate.train()
-        candidate.unfreeze_backbone()
-        encoder = candidate.model.latent_encoder
-        assert not any(parameter.requires_grad for parameter in encoder.parameters())
-        assert not any(module.training for module in encoder.modules())
-        candidate(pixels(), labels=[random_labels(2)] * 2).loss.backward()
-        assert all(parameter.grad is None for parameter in encoder.parameters())
-        assert all(p.grad is not None for name, p in candidate.named_parameters() if "latent_encoder" not in name)
-
-
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")  # its new name came after 5.0
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("num_frozen", [None, 0, 1])
-@pytest.mark.parametrize("encoded", [False, True])
-def test_gradient_checkpointing_gives_equal_gradients(tiny_model, random_labels, use_reentrant, num_frozen, encoded):
-    def gradients(model):
-        inputs = {"pixel_values": pixels()}
-        if num_frozen is not None:
-            model.freeze_backbone(num_frozen)
-        if encoded and num_frozen:
-            inputs = model.model.encode_frozen(**inputs)
-        model.train()
-        model(**inputs, labels=[random_labels(3), random_labels(1)]).loss.backward()
-        return {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
-
-    expected = gradients(tiny_model())
-    assert all(gradient is not None for gradient in expected.values())
-    model = tiny_model()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
-    assert all(layer.gradient_checkpointing for layer in model.model.backbone.layers)
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6, msg=name)
-
-
 # precision and compilation
 
 
@@ -488,7 +331,19 @@ def test_compiles_into_one_graph(tiny_model):
     torch.compiler.reset()
 
 
-# a head by configuration alone
+# by configuration alone
+
+
+def test_the_config_reaches_the_matcher(tiny_model):
+    settings = {
+        "matcher": "max_iou",
+        "foreground_iou": 0.7,
+        "background_iou": 0.3,
+        "allow_low_quality_matches": False,
+        "atss_candidates": 5,
+    }
+    matcher = tiny_model(**settings).detection_loss.matcher
+    assert vars(matcher) == {"method": settings.pop("matcher"), "num_anchors_per_cell": 9, **settings}
 
 
 def test_the_classic_single_scale_head_by_config_alone(tiny_model, random_labels):
@@ -514,96 +369,3 @@ def test_the_classic_single_scale_head_by_config_alone(tiny_model, random_labels
     assert outputs.logits.shape == (2, 4 * 6 * 9, 3)
     outputs.loss.backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
-
-
-# saving and loading
-
-
-@pytest.mark.parametrize("overrides", [{}, LATENTS], ids=["pixels", "latents"])
-def test_reloads_bit_by_bit(tiny_model, tmp_path, overrides):
-    model = tiny_model(**overrides)
-    model.save_pretrained(tmp_path)
-    assert (tmp_path / "model.safetensors").is_file()
-    reloaded, info = AutoModelForObjectDetection.from_pretrained(tmp_path, output_loading_info=True)
-    assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
-    assert type(reloaded) is DiTForObjectDetection
-    assert not reloaded.training
-    assert_same_outputs(reloaded(pixels()), model(pixels()))
-    base = AutoModel.from_pretrained(tmp_path)
-    assert torch.equal(base(pixels()).last_hidden_state, model(pixels()).last_hidden_state)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_reloads_in_its_own_dtype(tiny_model, tmp_path, dtype):
-    model = tiny_model().to(dtype)
-    model.save_pretrained(tmp_path)
-    reloaded = DiTForObjectDetection.from_pretrained(tmp_path, device_map={"": "cpu"})
-    assert reloaded.dtype == dtype
-    assert_same_outputs(reloaded(pixels()), model(pixels()))
-
-
-def assert_fresh(predictor):
-    """As RetinaNet starts: a narrow normal distribution, and the prior probability as the bias."""
-    assert torch.equal(predictor.bias, torch.full_like(predictor.bias, PRIOR_BIAS))
-    assert 0.005 < predictor.weight.std() < 0.015
-    assert predictor.weight.mean().abs() < 0.002
-
-
-def test_new_classes_start_only_the_class_predictor_afresh(tiny_model, tmp_path):
-    model = tiny_model()
-    model.save_pretrained(tmp_path)
-    id2label = dict(enumerate("abcde"))
-    new_classes = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        DiTForObjectDetection.from_pretrained(tmp_path, **new_classes)
-    reloaded, info = DiTForObjectDetection.from_pretrained(
-        tmp_path, **new_classes, ignore_mismatched_sizes=True, output_loading_info=True
-    )
-    fresh = {"head.class_predictor.weight", "head.class_predictor.bias"}
-    assert {key[0] for key in info["mismatched_keys"]} == fresh
-    assert reloaded.config.num_labels == 5
-    assert reloaded(pixels()).logits.shape == (2, NUM_ANCHORS, 5)
-    assert_fresh(reloaded.head.class_predictor)
-    old = model.state_dict()
-    for name, tensor in reloaded.state_dict().items():
-        assert name in fresh or torch.equal(tensor, old[name]), name
-
-
-def test_a_checkpoint_without_the_head_gets_a_fresh_one(tiny_model, tmp_path):
-    # On transformers 5 a model is built without memory first: what no initialisation reaches is whatever lay there.
-    model = tiny_model()
-    model.model.save_pretrained(tmp_path)
-    reloaded, info = DiTForObjectDetection.from_pretrained(tmp_path, output_loading_info=True)
-    assert {key.split(".")[0] for key in info["missing_keys"]} == {"neck", "head"}
-    assert_fresh(reloaded.head.class_predictor)
-    assert (reloaded.head.box_predictor.bias == 0).all()
-    assert 0.005 < reloaded.head.box_predictor.weight.std() < 0.015
-    assert (reloaded.neck.mix.weight == 0).all()
-    for module in (*reloaded.neck.modules(), *reloaded.head.modules()):
-        if isinstance(module, nn.GroupNorm):
-            assert (module.weight == 1).all()
-            assert (module.bias == 0).all()
-    for name, tensor in model.model.state_dict().items():
-        assert torch.equal(reloaded.model.state_dict()[name], tensor)
-    # The same as built anew.
-    anew = DiTForObjectDetection(model.config)
-    for one, other in zip(reloaded.head.parameters(), anew.head.parameters(), strict=True):
-        torch.testing.assert_close(one.mean(), other.mean(), atol=0.01, rtol=0)
-        if one.numel() > 500:
-            torch.testing.assert_close(one.std(), other.std(), atol=0.01, rtol=0.1)
-
-
-def test_what_a_checkpoint_lacks_starts_as_if_built_anew(tiny_model, tmp_path):
-    tiny_model().save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    gone = [name for name in weights if ".scale" in name or "norm" in name or "mix" in name or "predictor" in name]
-    save_file(
-        {name: weights[name] for name in weights if name not in gone}, tmp_path / "model.safetensors", {"format": "pt"}
-    )
-    reloaded = DiTForObjectDetection.from_pretrained(tmp_path)
-    for layer in reloaded.model.backbone.layers:
-        for module in (layer.scale1, layer.scale2, layer.norm1, layer.norm2):
-            assert (module.weight == 1).all()
-    assert all((norm.weight == 1).all() and (norm.bias == 0).all() for norm in reloaded.model.backbone.tap_norms)
-    assert (reloaded.neck.mix.weight == 0).all()
-    assert_fresh(reloaded.head.class_predictor)

@@ -1,80 +1,36 @@
-import contextlib
-import io
 import json
-import os
-import pickle
-import random
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Dataset, DatasetDict, Features
 from datasets import Image as ImageFeature
 from PIL import Image
-from transformers import AutoModelForObjectDetection, pipeline
+from predicted_images import command_on, picture, read, write_eleven_images, write_finder_of_five
+from transformers import pipeline
 
 from dit_detection import DiTDetectionImageProcessor
 from dit_detection.commands import predict
 from dit_detection.inference import batch_inference
-from dit_detection.inference.batch_predictor import BatchPredictor
 from dit_detection.inference.prediction_shards import PredictionShards
-
-ROOT = Path(__file__).parents[1]
-SIZES = [(90, 60), (50, 140), (64, 64), (31, 33), (128, 96)]
-
-
-def picture(seed, size):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
 
 
 @pytest.fixture(scope="module")
 def checkpoint(finding_detector, tmp_path_factory):
-    """A detector that finds five things in every image."""
-    folder = shutil.copytree(finding_detector, tmp_path_factory.mktemp("checkpoint"), dirs_exist_ok=True)
-    DiTDetectionImageProcessor(size=64, max_detections=5).save_pretrained(folder)
-    return folder
+    return write_finder_of_five(finding_detector, tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A folder of eleven images, some of them deeper in it, and what is no image."""
-    folder = tmp_path_factory.mktemp("images")
-    (folder / "b" / "deep").mkdir(parents=True)
-    names = ["a.png", "b/0.PNG", "b/1.jpg", "b/deep/0.png", "c.webp", *(f"d{index}.png" for index in range(6))]
-    for index, name in enumerate(names):
-        picture(index, SIZES[index % len(SIZES)]).save(folder / name)
-    (folder / "notes.txt").write_text("no image")
-    return folder
+    return write_eleven_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture
 def run(checkpoint, capsys):
-    """Runs the command; returns its exit code and what it printed to stderr."""
-
-    def run(source, output_dir, *more, model=checkpoint):
-        sources = [str(path) for path in (source if isinstance(source, list) else [source])]
-        arguments = [str(model), *sources, "--output_dir", str(output_dir), "--num_workers", "0", "--batch_size", "2"]
-        try:
-            predict.main([*arguments, "--shard_size", "3", *more])
-        except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else 1
-            return code, f"{error.code}" + capsys.readouterr().err
-        return 0, capsys.readouterr().err
-
-    return run
-
-
-def read(output_dir):
-    return json.loads((output_dir / "predictions.json").read_text())
+    return command_on(checkpoint, capsys)
 
 
 def stamps(folder):
@@ -423,223 +379,3 @@ def test_sources_that_cannot_be_used(run, images, tmp_path, monkeypatch, sources
     rows.to_parquet(tmp_path / "one.parquet")
     code, printed = run(sources, tmp_path / "out", *options)
     assert code == 2 and message in printed
-
-
-def data_set(images):
-    """The images of the folder, encoded, with ids that are not their places; one is missing, one damaged."""
-    paths = sorted(path for path in images.rglob("*") if path.suffix != ".txt" and path.is_file())
-    encoded = [{"bytes": path.read_bytes(), "path": f"../{path.name}"} for path in paths]
-    encoded += [None, {"bytes": b"damaged", "path": None}]
-    features = Features({"image": ImageFeature(decode=False), "image_id": Value("int64"), "more": Value("string")})
-    columns = {"image": encoded, "image_id": [100 - index for index in range(13)], "more": ["x"] * 13}
-    return Dataset.from_dict(columns, features=features).cast_column("image", ImageFeature())
-
-
-@pytest.mark.parametrize("form", ["saved", "parquet", "streamed", "streamed in parts"])
-def test_data_sets_give_what_the_folder_gives(run, images, tmp_path, monkeypatch, form):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    assert run(images, tmp_path / "folder", "--no_pictures")[0] == 0
-    expected = [(found["width"], found["height"], found["detections"]) for found in read(tmp_path / "folder")]
-    rows = data_set(images)
-    if form == "saved":
-        rows.save_to_disk(tmp_path / "set")
-    else:
-        parts = 3 if form == "streamed in parts" else 1
-        (tmp_path / "set").mkdir()
-        for part in range(parts):
-            # Parts of 5, 4 and 4 rows: the last shard of each is short.
-            rows.shard(parts, part).to_parquet(tmp_path / "set" / f"train-{part:05d}-of-{parts:05d}.parquet")
-    options = ["--streaming"] if form.startswith("streamed") else []
-    assert run(tmp_path / "set", tmp_path / "out", *options)[0] == 3
-    predictions = read(tmp_path / "out")
-    # A batch ends with its part, so that other images share it: equal but for the last digit.
-    assert [found["image_id"] for found in predictions] == [100 - index for index in range(13)]
-    for found, (width, height, detections) in zip(predictions, expected, strict=False):
-        assert (found["width"], found["height"]) == (width, height)
-        assert [item["label"] for item in found["detections"]] == [item["label"] for item in detections]
-        for ours, theirs in zip(found["detections"], detections, strict=True):
-            assert ours["box_xyxy"] == pytest.approx(theirs["box_xyxy"], abs=0.011)
-            assert ours["score"] == pytest.approx(theirs["score"], abs=2e-6)
-    assert [found["file"].removeprefix("../") for found in predictions[-3:]] == ["d5.png", "image 89", "image 88"]
-    assert [found["error"] is None for found in predictions[-3:]] == [True, False, False]
-    drawn = sorted((tmp_path / "out" / "pictures").iterdir())
-    assert len(drawn) == 11 and len(list(tmp_path.rglob("*.jpg"))) == 11  # none has left the folder
-    # Stopped and gone on with.
-    shards = sorted((tmp_path / "out" / "shards").iterdir())
-    shards[-1].unlink()
-    shards[1].unlink()
-    assert run(tmp_path / "set", tmp_path / "out", *options)[0] == 3
-    assert read(tmp_path / "out") == predictions
-
-
-@pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("stages", [[(2, (0, 1))], [(3, (1,)), (2, (0, 1))], [(2, (0,)), (5, range(5))]], ids=str)
-def test_any_number_of_processes_gives_the_same(checkpoint, images, tmp_path, monkeypatch, streamed, stages):
-    """Stages: the number of processes, and which of them came to write; the others were killed before."""
-    model = AutoModelForObjectDetection.from_pretrained(checkpoint)
-    image_processor = DiTDetectionImageProcessor.from_pretrained(checkpoint)
-    rows = data_set(images).cast_column("image", ImageFeature(decode=False))
-    rows = rows.to_iterable_dataset(num_shards=4) if streamed else rows
-    write, names_of = PredictionShards.write, PredictionShards.names
-
-    def work(folder, stages):
-        shards, written = PredictionShards(folder), []
-        shards.start({})
-        for count, processes in stages:
-            # All look at what is there before one of them writes.
-            names = names_of(shards)
-            monkeypatch.setattr(PredictionShards, "names", lambda self, names=names: names)
-            monkeypatch.setattr(
-                PredictionShards, "write", lambda self, name, found: (written.append(name), write(self, name, found))
-            )
-            for process in processes:
-                state = SimpleNamespace(process_index=process, num_processes=count, is_local_main_process=False)
-                state.wait_for_everyone = lambda: None
-                monkeypatch.setattr(batch_inference, "PartialState", lambda state=state: state)
-                batch_inference.predict_images(
-                    model, image_processor, rows, shards, threshold=0.3, batch_size=2, shard_size=3
-                )
-            monkeypatch.setattr(PredictionShards, "names", names_of)
-        return list(shards), written
-
-    expected, _ = work(tmp_path / "one", [(1, (0,))])
-    found, written = work(tmp_path / "several", stages)
-    assert found == expected and len(found) == 13
-    assert len(written) == len(set(written))  # no shard by two processes, or again
-
-
-def test_workers_read_what_the_process_itself_reads(run, images, tmp_path):
-    for workers in ("0", "2"):
-        assert run(images, tmp_path / workers, "--num_workers", workers)[0] == 0
-    assert read(tmp_path / "0") == read(tmp_path / "2")
-
-
-# As a function of a batch
-
-
-def test_arrays_that_are_no_images_say_so(checkpoint):
-    predictor = BatchPredictor(str(checkpoint), device="cpu")
-    image = np.full((20, 30, 3), 90, np.uint8)
-    strange = [None, image.tolist(), image[:0], image[..., :1], image.astype(np.float32), image[..., 0].astype(int)]
-    column = np.empty(len(strange) + 1, dtype=object)
-    column[:] = [*strange, image]
-    found = predictor({"image": column})
-    for error in found["error"][:-1]:
-        assert error.endswith("Give uint8 of shape (H, W, 3).")
-    assert found["error"][-1] is None and len(found["boxes"][-1]) == len(predictor({"image": column[-1:]})["boxes"][0])
-    assert all(len(boxes) == 0 for boxes in found["boxes"][:-1])
-
-
-@pytest.fixture(scope="module")
-def rows():
-    pictures = [picture(seed, size) for seed, size in enumerate(SIZES)]
-    encoded = []
-    for image in pictures:
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        encoded.append(buffer.getvalue())
-    return pictures, encoded
-
-
-def test_a_batch_of_encoded_images(checkpoint, rows):
-    pictures, encoded = rows
-    predictor = BatchPredictor(str(checkpoint), device="cpu")
-    values = np.array([encoded[0], b"", encoded[1], b"none", None, *encoded[2:]], dtype=object)
-    batch = {"path": np.arange(8), "bytes": values}
-    found = pickle.loads(pickle.dumps(predictor))(batch)
-    assert set(found) == {"path", "labels", "scores", "boxes", "error"}
-    assert found["path"].tolist() == list(range(8))
-    assert [error is None for error in found["error"]] == [True, False, True, False, False, True, True, True]
-    detector = pipeline("object-detection", str(checkpoint))
-    for index, image in zip((0, 2, 5, 6, 7), pictures, strict=True):
-        expected = detector(image, threshold=0.3)
-        assert found["labels"][index] == [item["label"] for item in expected]
-        assert found["scores"][index] == pytest.approx([item["score"] for item in expected], abs=1e-5)
-        for ours, theirs in zip(found["boxes"][index], expected, strict=True):
-            assert ours == pytest.approx(list(theirs["box"].values()), abs=1)
-    assert found["boxes"][1] == [] and "is empty" in found["error"][1]
-    decoded = np.empty(5, dtype=object)
-    decoded[:] = [np.asarray(image) for image in pictures]
-    again = predictor({"image": decoded})
-    assert [again["scores"][index] for index in range(5)] == [found["scores"][index] for index in (0, 2, 5, 6, 7)]
-    assert predictor({"bytes": np.array([b"none"], dtype=object)})["scores"].tolist() == [[]]
-    with pytest.raises(ValueError, match='"bytes" or "image", but has path'):
-        predictor({"path": np.arange(2)})
-
-
-def test_ray_data_maps_batches(checkpoint, rows, tmp_path):
-    ray = pytest.importorskip("ray")
-    for index, data in enumerate(rows[1]):
-        (tmp_path / f"{index}.png").write_bytes(data)
-    ray.init(num_cpus=2, include_dashboard=False)
-    try:
-        found = (
-            ray.data.read_binary_files(str(tmp_path), include_paths=True)
-            .map_batches(
-                BatchPredictor,
-                fn_constructor_kwargs={"checkpoint": str(checkpoint), "device": "cpu"},
-                batch_size=2,
-                concurrency=1,
-            )
-            .take_all()
-        )
-    finally:
-        ray.shutdown()
-    found.sort(key=lambda row: row["path"])
-    expected = BatchPredictor(str(checkpoint), device="cpu")({"bytes": np.array(rows[1], dtype=object)})
-    assert [row["labels"] for row in found] == list(expected["labels"])
-    assert np.concatenate([row["boxes"] for row in found]) == pytest.approx(
-        np.concatenate(list(expected["boxes"])), abs=0.011
-    )
-
-
-# Killed
-
-
-@pytest.mark.parametrize(
-    "processes", [pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.slow)]
-)
-def test_killed_at_random_moments_every_image_is_there_once(checkpoint, tmp_path, processes):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for index in range(240):
-        picture(index, (48, 40)).save(folder / f"{index}.png")
-    (folder / "120.png").write_bytes(b"no image")
-
-    def command(out):
-        launch = [sys.executable]
-        if processes > 1:
-            launch += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-            launch += ["--num_machines", "1", "--main_process_port", "0"]
-            launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-        arguments = [str(checkpoint), str(folder), "--output_dir", str(out), "--no_pictures", "--num_workers", "1"]
-        return [*launch, str(ROOT / "scripts" / "predict.py"), *arguments, "--shard_size", "3", "--batch_size", "2"]
-
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    generator = random.Random(processes)
-    out = tmp_path / "out"
-    kills = 0
-    for _ in range(40):
-        before = len(list((out / "shards").glob("*.parquet")))
-        job = subprocess.Popen(command(out), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        # Some at once, most after it has begun to write.
-        wanted, deadline = before + generator.choice([-1, 1, 1, 1]), time.monotonic() + 300
-        while job.poll() is None and len(list((out / "shards").glob("*.parquet"))) < wanted:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        time.sleep(generator.uniform(0, 0.3))
-        if kills < 3 and job.poll() is None:
-            for process in [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()  # SIGKILL
-            kills += 1
-            job.communicate()
-            continue
-        printed, _ = job.communicate(timeout=300)
-        assert b"1 of the images could not be read" in printed, printed[-2000:]
-        assert job.returncode == (3 if processes == 1 else 1)  # that of the launcher
-        assert (b", by 2 processes" in printed) == (processes == 2)
-        break
-    assert kills >= 2
-    subprocess.run([*command(tmp_path / "whole")], env=environment, capture_output=True, timeout=300)
-    assert read(out) == read(tmp_path / "whole") and len(read(out)) == 240
