@@ -150,11 +150,24 @@ def test_the_table_has_means_spreads_gains_and_what_is_missing(tmp_path):
     assert "Machines: a machine, 2 threads (8 runs)." in table
     assert all(line.count("|") == 11 for line in table.splitlines() if line.startswith("|"))
 
+    # Of another DiT: the last one, unless one is named.
+    assert "Pretrained DiTs, by their fingerprints: (c) on bccd wwwwwwwwwwwwwwww." in table
     records.add(make_record(settings_of("tuned", "bccd", 0.3, 0, weights="x" * 16)))
+    assert "| (c) pretrained, upper half tuned | missing | " in results_table(records, {})
     chosen = results_table(records, {("general", "bccd"): "w" * 16})
     assert "| (c) pretrained, upper half tuned | 55.0 ± 7.1 (2) | missing |" in chosen
-    with pytest.raises(ValueError, match="2 different DiTs"):
-        results_table(records, {})
+
+
+def test_the_shipped_records_make_the_tables_of_the_readme(monkeypatch, capsys):
+    readme = (ROOT / "README.md").read_text().replace("*", "").splitlines()
+    run_script(monkeypatch, "--table")
+    printed = capsys.readouterr().out
+    rows = printed[: printed.index("Points that")].splitlines()[4:]
+    rows = [row.replace(" (3)", "") for row in rows if row]
+    assert len(rows) == 8 and not set(rows) - set(readme)
+    run_script(monkeypatch, "--large", "--arms", "random", "tuned", "--fractions", "0.1", "--table")
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "±" in line and line.startswith("| (a)")]
+    assert row.replace(" (3)", "") in readme
 
 
 def test_a_sweep_changes_one_thing_and_its_table_has_the_best_first(tmp_path):

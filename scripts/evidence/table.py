@@ -36,14 +36,15 @@ def results_table(
 
     Args:
         weights (`dict`): Fingerprints of the pretrained weights by kind and data set. For an arm that has none there,
-            those of the records are taken, if they are all the same.
+            those of the last record are taken; the table says which they are.
         metric (`str`): A metric that the records have.
         arms, datasets, fractions, seeds: Parts of the table.
         large (`bool`): With the larger budget ([`Settings.enlarged`]).
     """
     lines = [(name, budget) for name in arms for budget in (BUDGETS if ARMS[name].is_baseline else ["passes"])]
     cells = [(dataset, fraction) for dataset in datasets for fraction in fractions]
-    runs = _collect(records, table_plan(_weights_of(records, weights), arms, datasets, fractions, seeds, large=large))
+    weights = _weights_of(records, weights)
+    runs = _collect(records, table_plan(weights, arms, datasets, fractions, seeds, large=large))
 
     scores = [
         [_title(line), *(_mean_and_spread(_values(runs, line, cell, metric)) for cell in cells)] for line in lines
@@ -59,8 +60,8 @@ def results_table(
         for clock in ("minutes", "cpu_minutes")
     )
     names = [f"{dataset} {fraction:.0%}" for dataset, fraction in cells]
-    used = sum(map(len, runs.values()))
-    others = sum(record["settings"]["split"] == "test" for record in records) - used
+    made = [record for by_seed in runs.values() for record in by_seed.values()]
+    others = sum(record["settings"]["split"] == "test" for record in records) - len(made)
     parts = [
         f"`{metric}` in points on the test split, mean ± standard deviation over the seeds (how many):",
         markdown_table(["", *names], scores),
@@ -71,9 +72,16 @@ def results_table(
         "Minutes of the processor, over all threads:",
         markdown_table(["", *names], cpu_minutes),
     ]
-    machines = Counter(_machine(record) for by_seed in runs.values() for record in by_seed.values())
+    machines = Counter(map(_machine, made))
     if machines:
         parts.append("Machines: " + "; ".join(f"{name} ({count} runs)" for name, count in machines.items()) + ".")
+    pretrained = {
+        f"{_letter(settings['arm'])} on {settings['dataset']} {settings['weights']}"
+        for settings in (record["settings"] for record in made)
+        if settings["weights"] is not None
+    }
+    if pretrained:
+        parts.append(f"Pretrained DiTs, by their fingerprints: {', '.join(sorted(pretrained))}.")
     if others:
         parts.append(f"{others} records of other recipes, parts or budgets are left out.")
     return "\n\n".join(parts)
@@ -111,19 +119,13 @@ def _collect(records: Records, plan: Iterable[Settings]) -> Runs:
 
 
 def _weights_of(records: Records, given: Mapping[tuple[str, str], str]) -> dict[tuple[str, str], str]:
-    """The pretrained weights by kind and data set: those that are given, or else that the records name."""
-    found: dict[tuple[str, str], set[str]] = {}
-    for settings in (record["settings"] for record in records):
-        kind = ARMS[settings["arm"]].pretrained
-        if kind is not None and settings["split"] == "test" and (kind, settings["dataset"]) not in given:
-            found.setdefault((kind, settings["dataset"]), set()).add(settings["weights"])
-    for (kind, dataset), fingerprints in found.items():
-        if len(fingerprints) > 1:
-            raise ValueError(
-                f"The records of {dataset} are of {len(fingerprints)} different DiTs ({kind}): say with --pretrained "
-                "or --pretrained_on which one the table is of."
-            )
-    return {key: fingerprints.pop() for key, fingerprints in found.items()} | dict(given)
+    """The pretrained weights by kind and data set: those that are given, or else of the last record of these."""
+    found = {
+        (kind, settings["dataset"]): settings["weights"]
+        for settings in (record["settings"] for record in records)
+        if (kind := ARMS[settings["arm"]].pretrained) is not None and settings["split"] == "test"
+    }
+    return found | dict(given)
 
 
 def _values(runs: Runs, line: Line, cell: Cell, metric: str) -> list[float]:
