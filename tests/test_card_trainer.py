@@ -264,7 +264,6 @@ def test_a_split_without_objects_has_a_card(make_trainer, dataset, tmp_path):
 
     empty = dataset["test"].map(without_objects, features=dataset["test"].features)
     trainer = make_trainer()
-    trainer.evaluate()
     trainer.evaluate(inputs(trainer, empty), metric_key_prefix="test")
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()

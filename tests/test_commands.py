@@ -259,6 +259,20 @@ def test_no_evaluation_costs_the_detector(coco_set, tmp_path, fault):
     assert (out / "README.md").is_file() != fault
 
 
+def test_a_test_split_without_objects_is_no_result(coco_set, tmp_path, caplog):
+    """Its annotations are often held back."""
+    data = shutil.copytree(coco_set, tmp_path / "data")
+    annotations = json.loads((data / "annotations_test.json").read_text())
+    (data / "annotations_test.json").write_text(json.dumps(annotations | {"annotations": []}))
+    out = tmp_path / "out"
+    metrics = train.main([*TINY, "--dataset", str(data), "--num_train_epochs", "1", "--output_dir", str(out)])
+    assert "No image of the test split has an object" in caplog.text
+    assert metrics["validation_map"] >= 0 and (out / "validation_results.json").is_file()
+    assert not (out / "test_results.json").exists()
+    card = (out / "README.md").read_text()
+    assert "On the `validation` split of data (" in card and "`test` split" not in card
+
+
 def test_a_finished_run_writes_its_card_again(trained, coco_set, tmp_path):
     folder, metrics = trained
     copy = tmp_path / folder.name  # the card's title

@@ -138,6 +138,13 @@ class Terminated(TrainerCallback):
 SELDOM = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 100, "save_steps": 100}
 
 
+def test_a_run_with_averages_does_not_go_on_without(make_trainer, tmp_path):
+    # Its checkpoints have them in the place of the weights, beside the moments of these.
+    make_trainer(ema_decay=0.9, max_steps=2, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ValueError, match=r"checkpoint-2 averages its weights: go on with --ema_decay"):
+        make_trainer(max_steps=3, ema_decay=None).train(resume_from_checkpoint=True)
+
+
 def test_who_asks_late_gets_averages_too(make_trainer, tmp_path):
     watch = Watch()
     whole = make_trainer(callbacks=[watch], **SELDOM)

@@ -89,10 +89,12 @@ def test_the_grid_shows_the_views_of_training(tmp_path: Path, monkeypatch, capsy
         (["--num_images", "101"], "--num_images 101 --num_views 3: need 1 to 100 images"),  # no JPEG is that high
         (["--image_size", "1", "2", "3"], "give a side in pixels, or height and width"),
         (["--augmentation", '{"mosaic": 2}'], "mosaic is 2; it must lie between 0 and 1"),
-        (["--augmentation", '{"rotate": 2}'], "unexpected keyword argument 'rotate'"),
+        (["--augmentation", '{"rotate": 2}'], "--augmentation has rotate; it takes horizontal_flip, "),
         (["--augmentation", "mosaic"], "--augmentation"),
         (["--augmentation", '{"mosaic": "yes"}'], "mosaic is 'yes'; it must lie between 0 and 1"),
         (["--augmentation", '{"scale": 2}'], "scale is 2; it must be"),
+        (["--augmentation", '{"scale": ["small", 2]}'], r"scale is \['small', 2\]; it must be"),
+        (["--augmentation", '{"min_side": "2"}'], "min_side is '2'; it must be above 0 pixels"),
         (["--output", "nowhere/views.png"], "there is no folder nowhere"),
         (["--output", "views.xyz"], "no picture has this suffix"),
         (["--output", "views.psd"], "no picture has this suffix"),  # can be read, but not written

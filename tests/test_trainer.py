@@ -95,6 +95,14 @@ def test_patience_is_for_one_evaluation_at_least(patience):
         DetectionTrainingArguments("unused", use_cpu=True, early_stopping_patience=patience)
 
 
+def test_rows_that_are_no_inputs_are_told_how_they_become_some(make_trainer, dataset):
+    trainer = make_trainer()
+    with pytest.raises(
+        ValueError, match=r"has image, .*objects, but no pixel_values.*DetectionDataset\(rows, image_pro"
+    ):
+        trainer.evaluate(dataset["validation"])
+
+
 def test_images_without_labels_cannot_be_measured(make_trainer):
     trainer = make_trainer()
     images = [{"pixel_values": torch.zeros(3, 64, 64), "pixel_mask": torch.ones(64, 64)}] * 2

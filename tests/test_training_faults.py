@@ -416,6 +416,14 @@ def test_what_is_no_checkpoint_is_refused(finished, make_trainer, tmp_path):
     assert trainer.state.global_step == STEPS
 
 
+def test_weights_without_an_optimizer_are_no_run_to_go_on_with(make_trainer, tmp_path):
+    """As transformers' `save_only_model` leaves them: rates and moments would begin anew, unnoticed."""
+    make_trainer(save_only_model=True).train()
+    for wanted in ("last", str(tmp_path / "run" / "checkpoint-6")):
+        with pytest.raises(ValueError, match=r"checkpoint-6 .*no optimizer, as with save_only_model; --model takes"):
+            make_trainer().train(resume_from_checkpoint=wanted)
+
+
 def test_a_damaged_checkpoint_is_not_taken_by_name(finished, make_trainer, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     flip(run / "checkpoint-6" / "model.safetensors")

@@ -47,7 +47,7 @@ def threshold_text(data: DetectionModelCardData) -> str | None:
     if report is None:
         return None
     if data.threshold_split is None:
-        why = "not chosen on data, for there were none for it"
+        why = "not chosen on data: there was no validation split for it, or nothing in it was detected right"
     else:
         why = (
             f"chosen on the `{data.threshold_split}` split for the highest F1 at IoU 0.50, counted over the "

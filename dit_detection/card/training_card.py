@@ -202,9 +202,15 @@ def report_facts(evaluations: Mapping[str, Evaluation], id2label: Mapping[int, s
 
 
 def held_out_of(evaluations: Mapping[str, Evaluation]) -> Evaluation | None:
-    """The evaluation that the card reports: "test", or the last that is not of the validation split, or else that."""
-    others = [one for one in evaluations.values() if not one.is_validation] or list(evaluations.values())
-    return evaluations.get("test", others[-1] if others else None)
+    """
+    The evaluation that the card reports: "test", or the last that is not of the validation split, or else that; one
+    with objects, if there is any.
+    """
+    found = {
+        prefix: one for prefix, one in evaluations.items() if one.metrics.get(f"{one.prefix}_map") != -1
+    } or evaluations
+    others = [one for one in found.values() if not one.is_validation] or list(found.values())
+    return found.get("test", others[-1] if others else None)
 
 
 def plot_card(data: DetectionModelCardData) -> dict[str, Any]:

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data import DetectionAugmentation, DetectionDataset, class_names_of, load_detection_dataset
+from ..data import DetectionDataset, class_names_of, load_detection_dataset
 from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
 from ..visualize import draw_detections, draw_grid
 from .shared_options import add_data_options, data_arguments, refuse_output
-from .train_options import read_json_option
+from .train_options import read_augmentation
 
 MAX_IMAGES = 100  # more rows would be higher than a JPEG can be
 STRIPE = 8  # pixels; the padding is drawn in stripes of two greys
@@ -39,14 +39,8 @@ def main(argv: Sequence[str] | None = None) -> Image.Image:
         )
     if len(args.image_size) > 2 or min(args.image_size) < 1:
         parser.error(f"--image_size {args.image_size}: give a side in pixels, or height and width.")
-    augmentation = None
-    if args.augmentation != "none":
-        try:
-            augmentation = DetectionAugmentation(**read_json_option("augmentation", args.augmentation))
-        except (TypeError, ValueError) as error:
-            parser.error(f"--augmentation {args.augmentation}: {error}")
-
     try:
+        augmentation = read_augmentation(args.augmentation)
         dataset = load_detection_dataset(args.dataset, on_invalid=args.on_invalid, **data_arguments(args))
     except ValueError as error:
         parser.error(str(error))

@@ -31,8 +31,8 @@ from .train_options import (
     VIEWS_IN_CACHE,
     DataArguments,
     parse_options,
+    read_augmentation,
     read_config_overrides,
-    read_json_option,
     shown_command,
 )
 
@@ -56,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         raise ValueError(
             f"--config_overrides gives {', '.join(classes)}: the classes are those of --dataset. Leave it out."
         )
-    augmentation = None
-    if data_args.augmentation != "none":
-        augmentation = DetectionAugmentation(**read_json_option("augmentation", data_args.augmentation))
+    augmentation = read_augmentation(data_args.augmentation)
 
     with args.main_process_first(desc="reading the data set"):
         dataset = _load_dataset(data_args, args.seed)
@@ -84,9 +82,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # Before anything else can fail: the images below may be ones that nobody has looked at yet.
     trainer.save_model(_internal_call=True)  # of no push, which comes last, with the card
 
-    # The split that training never saw; without a test split, the one that chose the checkpoint.
-    held_out = "test" if "test" in dataset else "validation"
-    metrics = trainer.evaluate(plain_inputs(dataset[held_out], image_processor), metric_key_prefix=held_out)
+    # The split that training never saw; without a test split, or objects in it, the one that chose the checkpoint.
+    for held_out in [split for split in ("test", "validation") if split in dataset]:
+        metrics = trainer.evaluate(plain_inputs(dataset[held_out], image_processor), metric_key_prefix=held_out)
+        if metrics[f"{held_out}_map"] != -1:
+            break
+        logger.warning("No image of the %s split has an object: nothing can be measured on it.", held_out)
     trainer.log_metrics(held_out, metrics)
     trainer.save_metrics(held_out, {**metrics, "train_minutes": round(minutes, 2)})
     trainer.save_state()

@@ -1,5 +1,6 @@
 """The options of `dit-detect train`."""
 
+import inspect
 import json
 import shlex
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import HfArgumentParser
 
+from ..data import DetectionAugmentation
 from ..small_dit import SIZES, SMALL_DIT, size_of
 from ..training.training_args import DetectionTrainingArguments
 
@@ -258,6 +260,25 @@ def read_json_option(name: str, text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"--{name} {text!r} must be an object: {{...}}.")
     return value
+
+
+def read_augmentation(text: str) -> DetectionAugmentation | None:
+    """
+    The augmentation that `--augmentation` gives; "none" is `None`.
+
+    Raises:
+        ValueError: It is no JSON object of the arguments of [`DetectionAugmentation`].
+    """
+    if text == "none":
+        return None
+    options = read_json_option("augmentation", text)
+    known = list(inspect.signature(DetectionAugmentation).parameters)
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(f"--augmentation has {', '.join(unknown)}; it takes {', '.join(known)}.")
+    try:
+        return DetectionAugmentation(**options)
+    except ValueError as error:
+        raise ValueError(f"--augmentation: {error}") from error
 
 
 def read_config_overrides(text: str) -> dict[str, Any]:

@@ -65,10 +65,13 @@ class DetectionAugmentation:
             # They come from JSON, too.
             if not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value!r}; it must lie between 0 and 1.")
-        if not isinstance(scale, list | tuple) or len(scale) != 2 or not 0 < scale[0] <= scale[1]:
-            raise ValueError(f"scale is {scale}; it must be (smallest, largest), both above 0.")
-        if min_side <= 0:
-            raise ValueError(f"min_side is {min_side}; it must be above 0 pixels.")
+        is_pair = (
+            isinstance(scale, list | tuple) and [isinstance(factor, int | float) for factor in scale] == [True] * 2
+        )
+        if not is_pair or not 0 < scale[0] <= scale[1] < math.inf:
+            raise ValueError(f"scale is {scale!r}; it must be (smallest, largest), both above 0.")
+        if not isinstance(min_side, int | float) or min_side <= 0:
+            raise ValueError(f"min_side is {min_side!r}; it must be above 0 pixels.")
         self.horizontal_flip = horizontal_flip
         self.vertical_flip = vertical_flip
         self.scale = scale

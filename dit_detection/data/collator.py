@@ -16,8 +16,13 @@ def collate_detection(features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         `dict`: Each tensor with an axis of B in front, "labels" a list of B, numbers as they are.
 
     Raises:
-        ValueError: The images have different sizes.
+        ValueError: The images have different sizes; or the entries are no inputs of the model.
     """
+    if not features[0].keys() & {"pixel_values", "latents", "frozen_states"}:
+        raise ValueError(
+            f"An entry of the data set has {', '.join(features[0])}, but no pixel_values. Rows of "
+            "load_detection_dataset become the model's inputs as DetectionDataset(rows, image_processor)."
+        )
     batch: dict[str, Any] = {}
     for name, first in features[0].items():
         values = [feature[name] for feature in features]

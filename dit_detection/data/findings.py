@@ -41,7 +41,7 @@ FINDINGS: dict[str, tuple[Severity, str]] = {
         "warning",
         f"nothing is learned in them, and no metric counts what is found there. {CROWD_REMEDY}",
     ),
-    "split without objects": ("warning", "its metrics are undefined."),
+    "split without objects": ("warning", "nothing can be measured on it: annotate it, or leave the split out."),
     "image without objects": ("note", "it teaches what is background; annotate it if something is missing."),
     "image without a usual class": ("note", "nearly all others show it: was it forgotten there, or is there none?"),
     "same image in two splits": ("warning", REMEDIES["same image in two splits"]),

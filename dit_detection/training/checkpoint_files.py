@@ -116,7 +116,15 @@ def damage_of(checkpoint: Path) -> str | None:
                 return f"{name} is not as it was written"
         except OSError as error:
             return f"{name} cannot be read: {error}"
-    return None if lines else f"{CHECKSUMS} is empty"
+    if not lines:
+        return f"{CHECKSUMS} is empty"
+    return None if has_optimizer(checkpoint) else "it has no optimizer, as with save_only_model; --model takes weights"
+
+
+def has_optimizer(checkpoint: Path) -> bool:
+    """Whether training can go on from it, and not only begin with its weights."""
+    # DeepSpeed has its optimizer in a folder of the step's name.
+    return any(path.name.startswith(("optimizer", "global_step")) for path in checkpoint.glob("*"))
 
 
 def _step_of(checkpoint: Path) -> int:

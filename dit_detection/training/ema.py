@@ -44,11 +44,10 @@ class EmaCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Find the averages of a checkpoint, or begin anew."""
-        states = kwargs["optimizer"].state.values()
         if state.global_step == 0:
-            for values in states:
+            for values in kwargs["optimizer"].state.values():
                 values.pop(_SLOT, None)
-        self.is_swapped = any(_SLOT in values for values in states)
+        self.is_swapped = holds_averages(kwargs["optimizer"])
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -96,6 +95,11 @@ class EmaCallback(TrainerCallback):
                 weight.copy_(values[_SLOT])
                 values[_SLOT].copy_(before)
         self.is_swapped = not self.is_swapped
+
+
+def holds_averages(optimizer: Any) -> bool:
+    """Whether the optimizer's state has the averages of a run, or while these are in the model, its weights."""
+    return any(_SLOT in values for values in optimizer.state.values())
 
 
 @contextmanager

@@ -25,11 +25,12 @@ from .checkpoint_files import (
     UNFINISHED,
     checkpoints_of,
     damage_of,
+    has_optimizer,
     last_whole_checkpoint,
     publish_checkpoint,
     rotate_checkpoints,
 )
-from .ema import EmaCallback, averages_in_place
+from .ema import EmaCallback, averages_in_place, holds_averages
 from .fault_tolerant_trainer import FaultTolerantTrainer, TrainingStoppedError
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,12 @@ class SafeTrainer(FaultTolerantTrainer):
                 "train, and which at one rate, must be as in that run (--freeze_layers, --layer_decay, --lora_r), or "
                 "begin anew in another output_dir; --model takes the weights along."
             ) from error
+        averages = any(isinstance(callback, EmaCallback) for callback in self.callback_handler.callbacks)
+        if holds_averages(self.optimizer) and not averages:
+            raise ValueError(
+                f"The run of {checkpoint} averages its weights: go on with --ema_decay, as it was begun. Without it "
+                "begin anew in another output_dir; --model takes the averages along."
+            )
         for restored, given in zip(self._rates_and_decays(), asked, strict=True):
             if restored != given:
                 logger.warning(
@@ -252,15 +259,13 @@ def _checked(checkpoint: Path) -> Path:
             f"{checkpoint} is the folder of a run, not a checkpoint: resume_from_checkpoint takes 'last', with that "
             f"output_dir, or one of its checkpoints, such as {others[-1]}."
         )
-    if not (checkpoint / CHECKSUMS).is_file():
-        # DeepSpeed has its optimizer in a folder of the step's name.
-        parts = {path.name for path in checkpoint.glob("*") if path.name.startswith(("optimizer", "global_step"))}
-        if not parts or not (checkpoint / TRAINER_STATE_NAME).is_file():
-            raise ValueError(
-                f"{checkpoint} is no checkpoint: {TRAINER_STATE_NAME} or the optimizer is missing. "
-                "resume_from_checkpoint takes a folder checkpoint-N, or 'last'; --model takes weights alone."
-            )
-    elif damage := damage_of(checkpoint):
+    has_sums = (checkpoint / CHECKSUMS).is_file()
+    if not has_sums and not (has_optimizer(checkpoint) and (checkpoint / TRAINER_STATE_NAME).is_file()):
+        raise ValueError(
+            f"{checkpoint} is no checkpoint: {TRAINER_STATE_NAME} or the optimizer is missing. "
+            "resume_from_checkpoint takes a folder checkpoint-N, or 'last'; --model takes weights alone."
+        )
+    if has_sums and (damage := damage_of(checkpoint)):
         raise ValueError(
             f"{checkpoint} is not whole: {damage}. resume_from_checkpoint='last' goes on from the last whole one."
         )
