@@ -169,6 +169,9 @@ def base_of(adapter: str | Path, named: str | None = None) -> str:
 
 
 def _load_base(source: str | Path, revision: str | None, **kwargs: Any) -> DiTForObjectDetection:
+    is_path = Path(source).is_absolute() or str(source).startswith(".") or str(source).count("/") > 1
+    if is_path and not Path(source).exists():  # transformers would call it a malformed name of a repository
+        raise OSError(f"There is no folder {source}. Check the path.")
     model = AutoModelForObjectDetection.from_pretrained(source, revision=revision, **kwargs)
     if model.config.model_type != DiTDetectionConfig.model_type:
         raise ValueError(

@@ -256,5 +256,5 @@ def test_a_detector_is_loaded_as_it_is(tiny_model, pixels, tmp_path):
 @pytest.mark.parametrize("source", ["no/such/folder", "not a repo!!", "nobody/nothing"])
 def test_what_is_nowhere_is_no_adapter(source):
     assert not is_adapter(source)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="There is no folder no/such/folder" if source == "no/such/folder" else None):
         load_detector(source)

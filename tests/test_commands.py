@@ -76,11 +76,30 @@ def test_evaluate_refuses_other_classes_and_missing_splits(trained, coco_set, tm
     for image in content["images"]:
         Image.new("RGB", (64, 64)).save(tmp_path / "images" / image["file_name"])
     (tmp_path / "annotations_test.json").write_text(json.dumps(content))
-    with pytest.raises(InvalidDatasetError, match="disc"):
+    with pytest.raises(InvalidDatasetError, match=r"disc(.|\n)*class_names are here the classes of .*: rename them"):
         evaluate.main([str(folder), "--dataset", str(tmp_path)])
     with pytest.raises(SystemExit):
         evaluate.main([str(folder), "--dataset", str(coco_set), "--split", "tset"])
     assert "train, validation, test" in capsys.readouterr().err
+
+
+def test_evaluate_minds_the_split_that_it_measures_alone(trained, coco_set, tmp_path):
+    folder, metrics = trained
+    shutil.copy(coco_set / "annotations_test.json", tmp_path)
+    content = json.loads((coco_set / "annotations_train.json").read_text())
+    gone = [{**image, "file_name": f"gone-{image['file_name']}"} for image in content["images"]]
+    content["categories"][0]["name"] = "disc"
+    for annotations in (content["annotations"], []):
+        (tmp_path / "annotations_train.json").write_text(
+            json.dumps({**content, "images": gone, "annotations": annotations})
+        )
+        write_images(tmp_path / "images", ())
+        for image in json.loads((tmp_path / "annotations_test.json").read_text())["images"]:
+            shutil.copy(coco_set / "images" / image["file_name"], tmp_path / "images")
+        again = evaluate.main([str(folder), "--dataset", str(tmp_path)])
+        assert again["test_map"] == pytest.approx(metrics["test_map"], abs=1e-6)
+    with pytest.raises(InvalidDatasetError, match="gone"):
+        evaluate.main([str(folder), "--dataset", str(tmp_path), "--split", "train"])
 
 
 def test_evaluate_reads_classes_in_the_order_of_the_checkpoint(trained, coco_set, tmp_path):

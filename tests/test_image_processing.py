@@ -40,6 +40,18 @@ def test_arrays_of_more_than_8_bits_are_refused(image):
         DiTDetectionImageProcessor(size=32)([image], return_tensors="pt")
 
 
+def test_arrays_from_0_to_1_are_warned_of(monkeypatch):
+    """As skimage and torchvision's ToTensor make them: divided by 255 once more they are black."""
+    warned = []
+    monkeypatch.setattr(module.logger, "warning_once", warned.append)
+    image = np.random.default_rng(0).random((20, 30, 3), dtype=np.float32)
+    DiTDetectionImageProcessor(size=32)([255 * image, image.astype(np.uint8)], return_tensors="pt")
+    DiTDetectionImageProcessor(size=32, do_rescale=False)([image], return_tensors="pt")
+    assert warned == []
+    DiTDetectionImageProcessor(size=32)([image], return_tensors="pt")
+    assert "values up to 1, which becomes black" in warned[0]
+
+
 @pytest.mark.parametrize(
     ("size", "canvas", "valid"),
     [

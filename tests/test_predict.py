@@ -297,7 +297,7 @@ def test_its_own_pictures_are_not_among_the_images(run, images, tmp_path, monkey
     for source in (Path("..") / "images", tmp_path / "link"):
         for _ in range(2):
             assert run(source, "out", "--overwrite")[0] == 0
-            assert len(read(Path("out"))) == 22  # with the pictures of the other run
+            assert len(read(Path("out"))) == 11  # nor those of the other run
 
 
 def test_pictures_that_were_not_drawn_are_asked_for_in_vain(run, images, tmp_path):

@@ -294,6 +294,7 @@ JPEG = encode(Image.effect_noise((60, 60), 90), "JPEG")
         ({"content": GOOD, "params": {"threshold": "0.3; rm"}}, 400, "threshold='0.3; rm' must be"),
         ({"content": GOOD, "params": {"threshold": "9" * 5000}}, 400, f"threshold='{'9' * 20}' must be"),
         ({"json": {"inputs": "aGVsbG8="}}, 415, "Send the image's bytes as the body"),
+        ({"files": {"file": b"hello"}}, 415, "Send the image's bytes as the body"),
         ({"method": "GET"}, 405, "Method Not Allowed"),
         ({"url": "/../etc/passwd", "method": "GET"}, 404, "Not Found"),
     ],

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from ..adapters import load_detector, load_image_processor
-from ..data import load_detection_dataset
+from ..data import InvalidDatasetError, load_detection_dataset
 from ..data.transforms import plain_inputs
 from ..inference.batch_predictor import model_class_names
 from ..training.trainer import DetectionTrainer
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--batch_size", type=int, default=8, help="images at a time, on each device")
     parser.add_argument("--output", help="JSON file for the metrics")
     # With those that the detector was trained with, a split that was set aside then is the same one now.
-    group = add_data_options(parser)
+    group = add_data_options(parser, has_classes=True)
     group.add_argument("--streaming", action="store_true", help="of a stream, other images are set aside")
     fraction = parser.get_default("validation_fraction")
     parser.set_defaults(validation_fraction=None)
@@ -46,7 +46,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model = load_detector(args.checkpoint)
     # In the order of the checkpoint's labels, whatever order the annotations have.
     options = data_arguments(args) | {"class_names": model_class_names(model)}
-    dataset = load_detection_dataset(args.dataset, on_invalid=args.on_invalid, streaming=args.streaming, **options)
+    try:
+        dataset = load_detection_dataset(
+            args.dataset, on_invalid=args.on_invalid, streaming=args.streaming, splits=[args.split], **options
+        )
+    except InvalidDatasetError as error:
+        if "is none of class_names" not in str(error):
+            raise
+        raise InvalidDatasetError(
+            f"{error}\nclass_names are here the classes of {args.checkpoint}, which finds no others: rename them in "
+            "the data, or leave the objects of other classes out with --on_invalid drop."
+        ) from error
     if args.split not in dataset:
         parser.error(f"--split {args.split}: {args.dataset} has {', '.join(dataset)}.")
     image_processor = load_image_processor(args.checkpoint)

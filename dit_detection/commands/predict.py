@@ -134,7 +134,7 @@ def _open_images(args: argparse.Namespace, state: PartialState, listing: Path) -
         raise InvalidDatasetError(f"{options} are for a data set, not for files and folders.")
     # By one process, so that a file which appears in the meantime is in the list of all or of none.
     if state.is_main_process:
-        list_images(args.images, listing, leave_out=Path(args.output_dir) / "pictures")
+        list_images(args.images, listing)
     state.wait_for_everyone()
     images = open_list(listing)
     if args.format == "yolo":  # two images of one label file are found before all are predicted

@@ -20,13 +20,21 @@ DATA_OPTIONS = (
 )
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the options of `dit-detect train` that say which images are read; returns their group."""
+def add_data_options(parser: argparse.ArgumentParser, has_classes: bool = False) -> argparse._ArgumentGroup:
+    """
+    Add the options of `dit-detect train` that say which images are read; returns their group.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Of the command.
+        has_classes (`bool`): Whether the command knows the classes, and does not speak of the option for them.
+    """
     group = parser.add_argument_group("as they will be given to `dit-detect train`")
     group.add_argument("--format", choices=FORMATS, help="of the annotations; default: what the folder shows")
     group.add_argument("--dataset_config_name", help="of a data set on the Hub that has several configurations")
     group.add_argument(
-        "--class_names", nargs="+", help="all, in the order of their labels; default: as the data have them"
+        "--class_names",
+        nargs="+",
+        help=argparse.SUPPRESS if has_classes else "all, in the order of their labels; default: as the data have them",
     )
     group.add_argument("--on_invalid", default="error", choices=["error", "drop", "clip"], help="broken annotations")
     group.add_argument(

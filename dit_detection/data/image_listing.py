@@ -32,8 +32,8 @@ def is_dataset(source: str) -> bool:
 
 def find_images(folder: str | Path, leave_out: Path | None = None) -> Iterator[str]:
     """
-    Paths of the images in and below a folder, in the order of their names. Left out are the folder `leave_out`, links
-    to folders, and names that begin with a dot, as `list_files` does.
+    Paths of the images in and below a folder, in the order of their names. Left out are the folder `leave_out`, the
+    pictures that `dit-detect predict` drew, links to folders, and names that begin with a dot, as `list_files` does.
     """
     with os.scandir(folder) as entries:
         ordered = sorted(entries, key=lambda entry: entry.name)
@@ -41,38 +41,44 @@ def find_images(folder: str | Path, leave_out: Path | None = None) -> Iterator[s
         if entry.name.startswith("."):
             continue
         if entry.is_dir(follow_symlinks=False):
-            if leave_out is None or not (leave_out.is_dir() and os.path.samefile(entry.path, leave_out)):
+            is_left_out = leave_out is not None and leave_out.is_dir() and os.path.samefile(entry.path, leave_out)
+            if not is_left_out and not _is_drawn(Path(entry.path)):
                 yield from find_images(entry.path, leave_out)
         elif is_image(Path(entry.name)):
             yield entry.path
 
 
-def list_images(sources: Sequence[str], target: Path, leave_out: Path | None = None) -> None:
+def _is_drawn(folder: Path) -> bool:
+    """Whether a folder holds the pictures of a run of `dit-detect predict`."""
+    run = folder.parent
+    return folder.name == "pictures" and (run / "manifest.json").is_file() and (run / "shards").is_dir()
+
+
+def list_images(sources: Sequence[str], target: Path) -> None:
     """
     Write the names of image files, and of all in and below folders, to an Arrow file; no image is opened.
 
     Args:
         sources (`Sequence[str]`): Files and folders.
         target (`Path`): The Arrow file.
-        leave_out (`Path`, *optional*): A folder in them that is not read: that of the pictures of an earlier run.
 
     Raises:
         InvalidDatasetError: A source does not exist, a folder holds no image, or a name is no text.
     """
     unfinished = target.with_suffix(".unfinished")
     try:
-        _write_list(sources, unfinished, leave_out)
+        _write_list(sources, unfinished)
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def _write_list(sources: Sequence[str], target: Path, leave_out: Path | None) -> None:
+def _write_list(sources: Sequence[str], target: Path) -> None:
     seen: set[str] = set()  # folders and files that are named may lie in one another
     with ArrowWriter(features=FILE_FEATURES, path=str(target), writer_batch_size=10_000) as writer:
         for source in sources:
             found = False
-            paths = find_images(source, leave_out) if os.path.isdir(source) else [source][: os.path.isfile(source)]
+            paths = find_images(source) if os.path.isdir(source) else [source][: os.path.isfile(source)]
             for path in paths:
                 if not is_name(path):
                     raise InvalidDatasetError(f"{os.fsencode(path)!r}: the file name is not UTF-8. Rename it.")

@@ -38,8 +38,7 @@ REMEDIES = {
     "unusable annotation file": "export or correct the file, or remove it with its image.",
     "missing annotation file": "put the file there, or remove its line from the list.",
     "unusable label line": "a line is a class number with x, y, width and height, or with the points of a polygon.",
-    "box not in fractions": "YOLO counts in fractions of the image: divide pixels by its width and height; of poses export the "
-    "boxes alone.",
+    "box not in fractions": "divide pixels by the width and height of the image; of poses export the boxes alone.",
     "label file without image": "put the image there, or remove the file.",
     "unusable metadata row": "correct or remove the line.",
     "unknown split": "write train, validation or test there, or give the column another name.",

@@ -37,6 +37,7 @@ def load_detection_dataset(
     name: str | None = None,
     revision: str | None = None,
     streaming: bool = False,
+    splits: Sequence[str] | None = None,
 ) -> DatasetDict | IterableDatasetDict:
     """
     Read annotated images, check them, and return them in the row format of `row_format.py`.
@@ -68,6 +69,8 @@ def load_detection_dataset(
         streaming (`bool`): Open no image before its row is read. Data sets of `datasets` are checked row by row as
             they pass (`stream_rows` says how) and need not fit the disk; of the other formats, which are read as a
             whole, the annotations are checked at once and the images as they pass.
+        splits (`Sequence[str]`, *optional*): Those that are wanted: if the data have them, and "train" is none of
+            them, no other is checked or returned. By default all.
 
     Returns:
         `DatasetDict`, or `IterableDatasetDict` with `streaming`: One or more of "train", "validation" and "test".
@@ -107,6 +110,7 @@ def load_detection_dataset(
         check_files=check_files and not streaming,
         name=name,
         revision=revision,
+        splits=splits,
     )
     problems.finish()
     if streaming and dataset is not None:
@@ -134,6 +138,7 @@ def read_detection_dataset(
     check_files: bool = True,
     name: str | None = None,
     revision: str | None = None,
+    splits: Sequence[str] | None = None,
 ) -> DatasetDict | None:
     """
     Read annotated images and record what is wrong with them, without raising for it; `load_detection_dataset` is this
@@ -161,25 +166,29 @@ def read_detection_dataset(
     try:
         _refuse_names(source, format, name, revision)
         if isinstance(source, Dataset | DatasetDict):
-            splits = read_hub_splits(source, where, problems, class_names, group_by)
+            found = read_hub_splits(source, where, problems, class_names, group_by)
         else:
             path = Path(source)
             where = os.path.abspath(path) if path.exists() else str(source)
             format = _format_of(path, format)
             if format == "datasets":
                 loaded = load_hub_dataset(source, name, revision)
-                splits = read_hub_splits(loaded, str(source), problems, class_names, group_by)
+                found = read_hub_splits(loaded, str(source), problems, class_names, group_by)
             else:
-                splits = _read_files(Path(where), format, class_names, group_by, problems, check_files)
+                found = _read_files(Path(where), format, class_names, group_by, problems, check_files)
+        # Of "train" others may be set aside.
+        if splits is not None and "train" not in splits and found.keys() >= set(splits):
+            found = {split: found[split] for split in splits}
+            validation_fraction = test_fraction = None
         if group_by is not None:
-            _check_groups(splits, group_by)
-        _refuse_fractions(splits.values())
-        dataset = _check_and_convert(splits, class_names, problems, check_files)
+            _check_groups(found, group_by)
+        _refuse_fractions(found.values())
+        dataset = _check_and_convert(found, class_names, problems, check_files)
         if dataset is None:
             return None
         groups = {
             split: [group for group, keep in zip(annotations.groups, annotations.keep_image, strict=True) if keep]
-            for split, annotations in splits.items()
+            for split, annotations in found.items()
             if annotations.groups
         }
         sets_aside = validation_fraction is not None or test_fraction is not None

@@ -55,6 +55,8 @@ class BatchedDetector:
     ) -> None:
         self.model = model.eval()
         self.image_processor = image_processor
+        if max_batch_size < 1 or max_waiting < 1:
+            raise ValueError(f"max_batch_size={max_batch_size} and max_waiting={max_waiting} must be 1 or more.")
         self.max_batch_size = max_batch_size
         self.max_waiting = max_waiting
         self.max_pixels = max_pixels

@@ -25,9 +25,9 @@ def make_app(detector: BatchedDetector) -> Starlette:
     `POST /` takes the bytes of an image and, in the URL, `threshold` (0.5 by default), and answers a list of `score`,
     `label` and `box`, whole pixels: what Hugging Face's inference API gives, so that `InferenceClient` can ask it.
     Whatever fails is answered `{"error": ...}`: 400 for what is no image or no threshold, 408 for an upload that takes
-    more than `UPLOAD_SECONDS`, 413 for one of more than `MAX_BYTES`, 415 for JSON, 503 for too many at once, 500 for a
-    fault of ours. (Connections beyond uvicorn's own limit get its 503, in plain text.) `GET /health` answers once the
-    model is loaded.
+    more than `UPLOAD_SECONDS`, 413 for one of more than `MAX_BYTES`, 415 for JSON and forms, 503 for too many at once,
+    500 for a fault of ours. (Connections beyond uvicorn's own limit get its 503, in plain text.) `GET /health` answers
+    once the model is loaded.
     """
     id2label = detector.model.config.id2label
 
@@ -68,7 +68,7 @@ def make_app(detector: BatchedDetector) -> Starlette:
 
 
 def _threshold(request: Request) -> float:
-    if request.headers.get("content-type", "").startswith("application/json"):
+    if request.headers.get("content-type", "").lower().startswith(("application/json", "multipart/")):
         raise HTTPException(415, "Send the image's bytes as the body, and the threshold in the URL: /?threshold=0.3.")
     text = request.query_params.get("threshold", "0.5")
     try:

@@ -161,6 +161,18 @@ class DiTDetectionConfig(PreTrainedConfig):
         for name in ("patch_size", "hidden_size", "num_attention_heads", "atss_candidates", "max_candidates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("class_loss_weight", "box_loss_weight", "focal_gamma"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0.")
+        if not 0 <= self.focal_alpha <= 1:
+            raise ValueError(f"focal_alpha={self.focal_alpha} must lie between 0 and 1.")
+        if self.class_weights is not None and min(self.class_weights, default=0) < 0:
+            raise ValueError(f"class_weights={self.class_weights} must be at least 0.")
+        if (self.neck_channels is not None and self.neck_channels < 1) or min(self.head_channels, default=1) < 1:
+            raise ValueError(
+                f"neck_channels={self.neck_channels} and head_channels={self.head_channels} must be at least 1; for "
+                "no pyramid neck_channels=None, for no convolutions head_channels=[]."
+            )
         if self.latent_encoder is not None and self.latent_encoder.get("_class_name") not in (
             "AutoencoderKL",
             "AutoencoderTiny",

@@ -16,9 +16,11 @@ from transformers.image_processing_utils import BatchFeature, SizeDict
 from transformers.image_transforms import group_images_by_shape, reorder_images
 from transformers.image_utils import AnnotationFormat, ImageInput, PILImageResampling, validate_annotations
 from transformers.processing_utils import ImagesKwargs, Unpack
-from transformers.utils import ModelOutput, TensorType
+from transformers.utils import ModelOutput, TensorType, logging
 
 from .boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, normalize_boxes, scale_boxes
+
+logger = logging.get_logger(__name__)
 
 # Detections per image that go into NMS, best first; as in torchvision's RetinaNet. At threshold 0 every anchor is one
 # detection per class.
@@ -123,9 +125,15 @@ class DiTDetectionImageProcessor(TorchvisionBackend):
 
         for image in images:
             # 16 bits would become pixels of 513, not of 1, and nothing be found in them.
-            if do_rescale and image.dtype != torch.uint8 and image.float().amax() > 255:
+            if do_rescale and image.dtype != torch.uint8:
                 highest = image.float().amax()
-                raise ValueError(f"There is an image with values up to {highest:g}. Scale it to 0 to 255, 8 bits.")
+                if highest > 255:
+                    raise ValueError(f"There is an image with values up to {highest:g}. Scale it to 0 to 255, 8 bits.")
+                if image.is_floating_point() and highest <= 1:
+                    logger.warning_once(
+                        "There is an image with values up to 1, which becomes black: 0 to 255 are expected. Scale it, "
+                        "or give do_rescale=False."
+                    )
         original_sizes = [tuple(image.shape[-2:]) for image in images]
         groups, positions = group_images_by_shape(images, disable_grouping=disable_grouping)
         for shape, stacked in groups.items():
@@ -184,7 +192,7 @@ class DiTDetectionImageProcessor(TorchvisionBackend):
             original pixels).
 
         Raises:
-            ValueError: If `target_sizes` and the outputs differ in number.
+            ValueError: If `target_sizes` and the outputs differ in number, or `max_detections` is below 0.
         """
         scores = outputs.logits.float().sigmoid()
         boxes = box_cxcywh_to_xyxy(outputs.pred_boxes.float())
@@ -198,6 +206,8 @@ class DiTDetectionImageProcessor(TorchvisionBackend):
             sizes = torch.stack([torch.as_tensor(size) for size in target_sizes]).to(boxes)
         nms_threshold = self.nms_threshold if nms_threshold is None else nms_threshold
         max_detections = self.max_detections if max_detections is None else max_detections
+        if max_detections < 0:
+            raise ValueError(f"max_detections={max_detections} must be 0 or more.")
 
         results = []
         for index, (image_scores, image_boxes) in enumerate(zip(scores, boxes, strict=True)):
