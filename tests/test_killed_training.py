@@ -263,7 +263,7 @@ def test_one_of_two_processes_killed(tiny_model, dataset, tmp_path):
 
 def write(folder: Path, text: str) -> Path:
     (folder / "part").mkdir(parents=True)
-    for name in ("weights", "part/more"):
+    for name in ("optimizer.pt", "part/more"):
         (folder / name).write_text(f"{text} of {name}" * 1000)
     return folder
 
@@ -314,7 +314,7 @@ def test_stopped_everywhere_while_a_checkpoint_is_written(tmp_path, monkeypatch,
         assert found is not None or step == 1
         for checkpoint in checkpoints_of(run_dir):
             assert damage_of(checkpoint) is None
-            assert (checkpoint / "weights").read_text().startswith(f"step {checkpoint.name[-1]} of weights")
+            assert (checkpoint / "optimizer.pt").read_text().startswith(f"step {checkpoint.name[-1]} of optimizer.pt")
         if is_done:
             break
     assert seen >= ({"checkpoint-1", "checkpoint-2"} if step == 2 else {"checkpoint-1"})
