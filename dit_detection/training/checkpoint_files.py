@@ -74,7 +74,7 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
 
 def last_whole_checkpoint(run_dir: Path) -> Path | None:
     """
-    The checkpoint with the most steps among those whose files are as they were written; says which it passes over.
+    The checkpoint with the most steps among those that training can go on from; says which it passes over.
 
     Returns:
         `Path`, or `None` if there are no checkpoints.
@@ -100,7 +100,7 @@ def last_whole_checkpoint(run_dir: Path) -> Path | None:
 
 
 def damage_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files; `None` if all that were written are there, and unchanged."""
+    """Why training cannot go on from a checkpoint; `None` if all that was written is there, unchanged, and enough."""
     if not (checkpoint / CHECKSUMS).is_file():
         return f"it has no {CHECKSUMS}, which is written last"
     lines = (checkpoint / CHECKSUMS).read_bytes().decode(errors="replace").splitlines()

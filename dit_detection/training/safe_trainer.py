@@ -69,7 +69,8 @@ class SafeTrainer(FaultTolerantTrainer):
 
         Raises:
             TrainingStoppedError: As of [`FaultTolerantTrainer`].
-            ValueError: The checkpoint is not whole, or is none; or its optimizer is of other weights.
+            ValueError: The checkpoint is not whole, or is none; its optimizer is of other weights; or its run averages
+                them, and this one does not.
             OSError: `args.output_dir` cannot be written to.
         """
         checkpoint = self._checkpoint_to_load(resume_from_checkpoint)
