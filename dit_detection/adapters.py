@@ -9,6 +9,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 from transformers.utils import ADAPTER_CONFIG_NAME, IMAGE_PROCESSOR_NAME, find_adapter_config_file
 
 from .model.configuration_dit_detection import DiTDetectionConfig
+from .model.load_dit import refuse_revision
 from .model.modeling_dit_detection import DiTForObjectDetection
 
 if TYPE_CHECKING:
@@ -103,8 +104,9 @@ def load_detector(source: str | Path, *, revision: str | None = None, **kwargs: 
     Raises:
         ImportError: If it is an adapter and peft is not installed.
         OSError: If it is neither, or an adapter's base cannot be found.
-        ValueError: If it is a detector of another kind.
+        ValueError: If it is a detector of another kind, or a folder of which a revision is wanted.
     """
+    refuse_revision(source, revision)
     if not is_adapter(source, revision, **kwargs):
         return _load_base(source, revision, **kwargs)
     try:

@@ -42,7 +42,7 @@ DETECTORS: dict[str, dict[str, Any]] = {
 }
 
 
-def size_of(source: str | Path, vae: str | Path | None = "auto") -> str | None:
+def size_of(source: str | Path, vae: str | Path | None = "auto", revision: str | None = None) -> str | None:
     """
     Which of the small DiTs a source has the size of: `dit-detect pretrain` makes such, and goes on with them.
 
@@ -50,6 +50,7 @@ def size_of(source: str | Path, vae: str | Path | None = "auto") -> str | None:
         source (`str` or `Path`): Folder or Hub id of a pipeline of diffusers, or of a DiT alone.
         vae (`str` or `Path`, *optional*): Folder or Hub id of the autoencoder, by which a token counts in pixels;
             `"auto"` for that of the pipeline, `None` for a DiT on pixels.
+        revision (`str`, *optional*): Branch, tag or commit of a source on the Hub.
 
     Returns:
         `str`, *optional*: A key of `SIZES`; `None` if it is of none, or no DiT of diffusers.
@@ -57,7 +58,7 @@ def size_of(source: str | Path, vae: str | Path | None = "auto") -> str | None:
     if os.path.isfile(source):
         return None
     try:
-        folder = pipeline_folder(source)
+        folder = pipeline_folder(source, revision)
         dit = _read_config(folder, "transformer")
         latents = {} if vae is None else _read_config(folder if vae == "auto" else pipeline_folder(vae), "vae")
     except (OSError, ValueError):  # whoever loads it says why

@@ -41,14 +41,56 @@ def test_bytes_and_files_are_read_to_the_pixel(tmp_path, image_format):
 
 
 def test_every_mode_becomes_rgb():
-    deep = Image.fromarray(np.array([[0, 257, 32896, 65535]], dtype=np.uint16))
-    assert np.asarray(read_image(encode(deep, "PNG")))[0, :, 0].tolist() == [0, 1, 128, 255]
     real = Image.fromarray(np.array([[-1.0, 0.0, 1.0]], dtype=np.float32))
     assert np.asarray(read_image(encode(real, "TIFF")))[0, :, 1].tolist() == [0, 128, 255]
+    endless = Image.fromarray(np.array([[-np.inf, np.nan, np.inf]], dtype=np.float32))
+    assert np.asarray(to_rgb(endless))[0, :, 1].tolist() == [0, 128, 255]
     ink = read_image(encode(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "JPEG"))
     assert ink.mode == "RGB" and ink.getpixel((4, 4))[0] < 40 and min(ink.getpixel((4, 4))[1:]) > 150
     assert read_image(encode(Image.new("RGBA", (3, 2), (9, 8, 7, 0)), "PNG")).getpixel((0, 0)) == (9, 8, 7)
     assert read_image(encode(Image.new("1", (3, 2), 1), "PNG")).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "image_format", "expected"),
+    [
+        ([0, 257, 32896, 65535], np.uint16, "PNG", [0, 1, 128, 255]),
+        ([0, 257, 32896, 65535], np.uint16, "TIFF", [0, 1, 128, 255]),
+        ([0, 16, 2056, 4095], np.uint16, "PNG", [0, 1, 128, 255]),  # 12 bits, as of X-rays, in a file of 16
+        ([0, 16, 2056, 4000], np.uint16, "TIFF", [0, 1, 128, 249]),  # the depth is guessed, nothing is stretched
+        ([0, 4, 514, 1023], np.uint16, "PNG", [0, 1, 128, 255]),
+        ([0, 64, 8224, 16383], np.uint16, "PNG", [0, 1, 128, 255]),
+        ([0, 1, 128, 255], np.uint16, "PNG", [0, 1, 128, 255]),
+        ([0, 1, 128, 255], np.int32, "TIFF", [0, 1, 128, 255]),
+        ([0, 0, 0, 3], np.uint16, "PNG", [0, 0, 0, 3]),
+        ([0, 0, 0, 0], np.uint16, "PNG", [0, 0, 0, 0]),
+        ([0, 2**23, 2**24 - 1, 2**24 - 1], np.int32, "TIFF", [0, 128, 255, 255]),
+        ([-1024, 0, 1024, 3072], np.int32, "TIFF", [0, 64, 128, 255]),  # of computed tomography: air is -1000
+        ([-1024, 0, 1024, 3072], np.int16, "TIFF", [0, 64, 128, 255]),
+        ([-7, -7, -7, -7], np.int32, "TIFF", [0, 0, 0, 0]),
+    ],
+)
+def test_more_than_8_bits_are_scaled_by_the_depth_that_is_used(values, dtype, image_format, expected):
+    if dtype == np.int16:  # which Pillow reads and does not write
+        data = signed_tiff(values)
+    else:
+        data = encode(Image.fromarray(np.array([values], dtype=dtype)), image_format)
+    found = read_image(data)
+    assert found.mode == "RGB"
+    assert np.asarray(found)[0].tolist() == [[value] * 3 for value in expected]
+
+
+def signed_tiff(values):
+    """A TIFF of one row of signed 16-bit values."""
+    width = len(values)
+    tags = [
+        (256, 3, width), (257, 3, 1), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1), (278, 3, 1),
+        (279, 4, 2 * width), (339, 3, 2),
+    ]  # fmt: skip
+    pixels = struct.pack(f"<{width}h", *values)
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    header = struct.pack("<2sHI", b"II", 42, 8 + len(pixels))
+    return header + pixels + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "TIFF", "WEBP"])

@@ -195,8 +195,8 @@ def test_from_the_hub_only_the_files_that_are_read_are_downloaded(tmp_path, monk
         pipeline.save_pretrained(hub)
     (hub / "transformer" / f"{WEIGHTS}.fp16.safetensors").write_bytes(b"a variant")
 
-    def download(repo_id, allow_patterns):
-        assert repo_id == "someone/DiT"
+    def download(repo_id, revision, allow_patterns):
+        assert repo_id == "someone/DiT" and revision is None
         for file in hub.rglob("*"):
             name = file.relative_to(hub).as_posix()
             if file.is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):

@@ -362,7 +362,7 @@ def test_a_broken_manifest_is_refused(run, images, tmp_path, manifest):
         (["one.parquet"], [], "one.parquet is no image. Of a data set in files name the folder"),
         (["images"], ["--dataset_config_name", "mini"], "are for a data set"),
         (["saved"], ["--dataset_config_name", "mini"], "saved is one data set: it has no configuration 'mini'"),
-        (["saved"], ["--revision", "main"], "saved is a folder: it has no revision 'main'"),
+        (["saved"], ["--dataset_revision", "main"], "saved is a folder: it has no revision 'main'"),
         (["saved"], [], "has the splits train, test. Name one with --split"),
         (["saved"], ["--split", "val"], "has no split 'val', but train, test"),
         (["texts"], [], 'needs a column "image", but has text'),

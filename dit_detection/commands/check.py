@@ -24,6 +24,7 @@ from ..data.row_format import class_names_of
 from ..data.statistics import SplitTable, describe_split, read_table
 from ..model.configuration_dit_detection import DiTDetectionConfig
 from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
+from ..model.load_dit import refuse_revision
 from ..small_dit import DETECTORS, detector_on, size_of
 from ..training.frozen_cache import canvas_of
 from .check_report import draw_findings, print_report
@@ -94,6 +95,7 @@ def _make_parser() -> argparse.ArgumentParser:
     group = add_data_options(parser)
     group.add_argument("--image_size", nargs="+", type=int, help="canvas in pixels: a side, or height and width")
     group.add_argument("--model", help="a DiT, or a detector of this library, whose anchors and canvas are then used")
+    group.add_argument("--model_revision", help="of a --model on the Hub: branch, tag or commit")
     group.add_argument("--random_dit", choices=sorted(DETECTORS), help="a DiT with random weights")
     group.add_argument("--config_overrides", default="{}", help="of DiTDetectionConfig: JSON, or a JSON file")
     return parser
@@ -113,13 +115,15 @@ def _read_settings(args: argparse.Namespace) -> tuple[dict[str, AnchorSetting], 
     if args.model is not None and Path(args.model).is_file():  # of weights, in the original code's format
         return {f"{args.model}, a DiT": _setting(overrides)}, canvas
     if args.model is not None:
+        refuse_revision(args.model, args.model_revision)
         try:
-            config = AutoConfig.from_pretrained(args.model)
+            config = AutoConfig.from_pretrained(args.model, revision=args.model_revision)
         except (OSError, ValueError, KeyError):  # a diffusers checkpoint: its config is not one of transformers
-            _refuse_other_than_dit(args.model)
-            return {f"{args.model}, a DiT": _setting(detector_on(size_of(args.model), overrides))}, canvas
+            _refuse_other_than_dit(args.model, args.model_revision)
+            size = size_of(args.model, revision=args.model_revision)
+            return {f"{args.model}, a DiT": _setting(detector_on(size, overrides))}, canvas
         if config.model_type == DiTDetectionConfig.model_type:
-            own = canvas_of(DiTDetectionImageProcessor.from_pretrained(args.model))
+            own = canvas_of(DiTDetectionImageProcessor.from_pretrained(args.model, revision=args.model_revision))
             if args.image_size is not None and canvas != own:
                 raise ValueError(
                     f"--image_size {sizes}: {args.model} is a detector, whose canvas is {own[0]} x {own[1]}. "
@@ -136,11 +140,12 @@ def _read_settings(args: argparse.Namespace) -> tuple[dict[str, AnchorSetting], 
     return settings, canvas
 
 
-def _refuse_other_than_dit(source: str) -> None:
+def _refuse_other_than_dit(source: str, revision: str | None) -> None:
     """Read the configuration of a pipeline's transformer, or of a bare one; its weights are left where they are."""
     for name in ("transformer/config.json", "config.json"):
         try:
-            file = Path(source) / name if Path(source).is_dir() else Path(hf_hub_download(source, name))
+            is_local = Path(source).is_dir()
+            file = Path(source) / name if is_local else Path(hf_hub_download(source, name, revision=revision))
             config = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
@@ -187,7 +192,7 @@ def _measure_anchors(
     command = ["dit-detect", "train", "--dataset", args.dataset]
     # They fit the canvas they were fitted on, and the images.
     defaults = _make_parser()
-    for option in (*DATA_OPTIONS, "on_invalid", "model", "random_dit", "image_size"):
+    for option in (*DATA_OPTIONS, "on_invalid", "model", "model_revision", "random_dit", "image_size"):
         value = getattr(args, option)
         if value != defaults.get_default(option):
             command += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]

@@ -22,9 +22,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "source",
         help="Hub id or folder: a DiT pipeline (facebook/DiT-XL-2-256) or a bare transformer; or a .pt file of DiT, "
-        "SiT or REPA, with --family and --vae; or an adapter, which is merged into its base and takes no options",
+        "SiT or REPA, with --family and --vae; or an adapter, which is merged into its base and takes no other option",
     )
     parser.add_argument("output_dir", help="folder of the detector")
+    parser.add_argument("--revision", help="of the Hub id: branch, tag or commit")
     parser.add_argument("--vae", default="auto", help="'auto', Hub id or folder of the autoencoder, or 'none'")
     parser.add_argument("--family", choices=["dit", "sit", "repa"], help="of a .pt file: whose code saved it")
     parser.add_argument(
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config_overrides", default="{}", help="more of DiTDetectionConfig: JSON, or a JSON file")
     args = parser.parse_args(argv)
     source, target = Path(args.source).resolve(), Path(args.output_dir).resolve()
-    is_merged = is_adapter(args.source)
+    is_merged = is_adapter(args.source, args.revision)
     base = base_of(source) if is_merged and source.is_dir() else source
     read_too = [Path(args.vae).resolve()] if Path(args.vae).is_dir() else []
     if target in (source, source / BASE, Path(base).resolve(), *read_too):
@@ -54,9 +55,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_class_names(args.labels or [], "--labels")
 
     if is_merged:
-        if vars(args) != vars(parser.parse_args([args.source, args.output_dir])):
+        plain = parser.parse_args([args.source, args.output_dir])
+        if vars(args) != vars(plain) | {"revision": args.revision}:
             parser.error(f"{args.source} is an adapter: all is settled by its base, and no option can change it.")
-        model, image_processor = load_detector(args.source), load_image_processor(args.source)
+        model = load_detector(args.source, revision=args.revision)
+        image_processor = load_image_processor(args.source, revision=args.revision)
         model.save_pretrained(args.output_dir)
         image_processor.save_pretrained(args.output_dir)
         print(f"The adapter is merged into its base: {args.output_dir}")
@@ -68,12 +71,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "id2label": dict(enumerate(args.labels)) if args.labels else None,
     }
     vae = None if args.vae == "none" else args.vae
+    overrides = read_config_overrides(args.config_overrides)
     model = DiTForObjectDetection.from_diffusers(
         args.source,
         vae=vae,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         family=args.family,
-        **(fields | detector_on(size_of(args.source, vae), read_config_overrides(args.config_overrides))),
+        revision=args.revision,
+        **(fields | detector_on(size_of(args.source, vae, args.revision), overrides)),
     )
     model.save_pretrained(args.output_dir)
     DiTDetectionImageProcessor(size=args.image_size).save_pretrained(args.output_dir)

@@ -5,12 +5,13 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+from .shared_options import add_checkpoint
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the job: serves until interrupted, or writes the Space."""
     parser = argparse.ArgumentParser(prog="dit-detect demo", description=__doc__)
-    parser.add_argument("checkpoint", help="detector: folder or Hub id")
-    parser.add_argument("--revision", help="of the Hub id: branch, tag or commit")
+    add_checkpoint(parser)
     parser.add_argument("--device", help='such as "cpu" or "cuda:1"; default: a GPU if there is one')
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument("--host", default="127.0.0.1", help='"0.0.0.0": other machines can open the page, too')

@@ -14,13 +14,13 @@ from ..data.transforms import plain_inputs
 from ..inference.batch_predictor import model_class_names
 from ..training.trainer import DetectionTrainer
 from ..training.training_args import DetectionTrainingArguments
-from .shared_options import add_data_options, data_arguments, refuse_output
+from .shared_options import add_checkpoint, add_data_options, data_arguments, refuse_output
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Run the job; returns the metrics."""
     parser = argparse.ArgumentParser(prog="dit-detect evaluate", description=__doc__)
-    parser.add_argument("checkpoint", help="detector: folder or Hub id")
+    add_checkpoint(parser)
     parser.add_argument("--dataset", required=True, help="annotated images, in any form that `dit-detect train` reads")
     parser.add_argument(
         "--split",
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if args.output:
         refuse_output(parser, "output", args.output, is_picture=False)
 
-    model = load_detector(args.checkpoint)
+    model = load_detector(args.checkpoint, revision=args.revision)
     # In the order of the checkpoint's labels, whatever order the annotations have.
     options = data_arguments(args) | {"class_names": model_class_names(model)}
     try:
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         ) from error
     if args.split not in dataset:
         parser.error(f"--split {args.split}: {args.dataset} has {', '.join(dataset)}.")
-    image_processor = load_image_processor(args.checkpoint)
+    image_processor = load_image_processor(args.checkpoint, revision=args.revision)
     with TemporaryDirectory() as unused:  # every Trainer makes itself a folder
         trainer = DetectionTrainer(
             model,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..adapters import load_detector, load_image_processor
 from ..export import check_target, coarsest_of, export_onnx, export_torch, require_onnx
+from .shared_options import add_checkpoint
 
 # Largest difference from the model itself that still passes, in logits and in shares of the image. Rounding in float32
 # stays below 1e-4, even through a deep backbone; a wrong operator is off by far more.
@@ -23,7 +24,7 @@ ALLOWED_OTHER_DETECTIONS = 0.01
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the job: writes the file, and compares what it computes with the model."""
     parser = argparse.ArgumentParser(prog="dit-detect export", description=__doc__)
-    parser.add_argument("checkpoint", help="detector: folder or Hub id")
+    add_checkpoint(parser)
     parser.add_argument("output", help="file to write; its suffix, .onnx or .pt2, chooses the format")
     parser.add_argument("--post_processing", action="store_true", help="NMS in the file (ONNX only)")
     parser.add_argument(
@@ -51,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if output.suffix == ".onnx":
             require_onnx("onnxruntime")
         # Flash and flex attention have no exportable operators, and half precision no kernels in onnxruntime.
-        model = load_detector(args.checkpoint, attn_implementation="sdpa", dtype=torch.float32).eval()
-        image_processor = load_image_processor(args.checkpoint)
+        options: dict[str, Any] = {"attn_implementation": "sdpa", "dtype": torch.float32}
+        model = load_detector(args.checkpoint, revision=args.revision, **options).eval()
+        image_processor = load_image_processor(args.checkpoint, revision=args.revision)
         if output.suffix == ".pt2":
             export_torch(model, output, static_size=static_size)
         else:

@@ -19,6 +19,7 @@ from ..inference.batch_inference import predict_images, settings_of
 from ..inference.batch_predictor import model_class_names
 from ..inference.prediction_formats import write_predictions, yolo_label_names
 from ..inference.prediction_shards import PredictionShards, SettingsChangedError
+from .shared_options import add_checkpoint
 
 UNREADABLE = 3  # the exit code when all is done, but not all images could be read
 MAX_NAMED = 10  # unreadable images in the message at the end
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=f"{__doc__} Run again, it goes on where it was stopped; with `accelerate launch` it runs on "
         "several devices. Exit code 3: done, but some images could not be read; their predictions say why.",
     )
-    parser.add_argument("checkpoint", help="detector: folder or Hub id")
+    add_checkpoint(parser)
     parser.add_argument(
         "images", nargs="+", help="image files and folders of them (searched in depth), or one data set of `datasets`"
     )
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     group = parser.add_argument_group("of a data set")
     group.add_argument("--dataset_config_name", help="needed if it has several configurations")
     group.add_argument("--split", help="needed if there are several")
-    group.add_argument("--revision", help="commit, branch or tag on the Hub")
+    group.add_argument("--dataset_revision", help="commit, branch or tag on the Hub")
     group.add_argument("--streaming", action="store_true", help="read it as it passes, without a copy on this disk")
     args = parser.parse_args(argv)
     for name, least in {"batch_size": 1, "shard_size": 1, "num_workers": 0}.items():
@@ -74,14 +75,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
     try:
         images = _open_images(args, state, listing)
-        model = load_detector(args.checkpoint).to(state.device).eval()
-        image_processor = load_image_processor(args.checkpoint)
+        model = load_detector(args.checkpoint, revision=args.revision).to(state.device).eval()
+        image_processor = load_image_processor(args.checkpoint, revision=args.revision)
         pictures = output_dir / "pictures" if args.format == "json" and not args.no_pictures else None
         if state.is_main_process:
             # Without them it does not matter whether an earlier run drew some.
             more = {} if pictures is None else {"pictures": True}
             if isinstance(images, IterableDataset):
-                names = ("dataset_config_name", "split", "revision")
+                names = ("dataset_config_name", "split", "dataset_revision")
                 more |= {"source": args.images} | {name: getattr(args, name) for name in names}
             if args.overwrite:  # now that all there is to read has been found
                 shards.remove()
@@ -125,13 +126,14 @@ def _open_images(args: argparse.Namespace, state: PartialState, listing: Path) -
                 "among its rows. Name a folder outside."
             )
         with state.main_process_first():  # the others find in the cache what it prepares
-            return open_dataset(args.images[0], args.dataset_config_name, args.split, args.revision, args.streaming)
+            options = (args.dataset_config_name, args.split, args.dataset_revision, args.streaming)
+            return open_dataset(args.images[0], *options)
     for source in args.images:
         if source.endswith(".parquet") and Path(source).is_file():
             raise InvalidDatasetError(f"{source} is no image. Of a data set in files name the folder they lie in.")
-    if args.streaming or args.dataset_config_name or args.split or args.revision:
-        options = "--streaming, --dataset_config_name, --split and --revision"
-        raise InvalidDatasetError(f"{options} are for a data set, not for files and folders.")
+    if args.streaming or args.dataset_config_name or args.split or args.dataset_revision:
+        given = "--streaming, --dataset_config_name, --split and --dataset_revision"
+        raise InvalidDatasetError(f"{given} are for a data set, not for files and folders.")
     # By one process, so that a file which appears in the meantime is in the list of all or of none.
     if state.is_main_process:
         list_images(args.images, listing)

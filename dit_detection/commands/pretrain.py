@@ -110,7 +110,8 @@ def _refuse_detector(folder: Path) -> None:
 def _load_model(options: PretrainingOptions) -> tuple[DiffusionModel, Any]:
     """The DiT with its objective, and its autoencoder or `None`."""
     if options.model is not None:
-        transformer, scheduler, vae = load_pipeline(options.model, None if options.vae == "none" else options.vae)
+        vae_source = None if options.vae == "none" else options.vae
+        transformer, scheduler, vae = load_pipeline(options.model, vae_source, options.model_revision)
         return DiffusionModel(transformer, scheduler), vae
     vae = None if options.vae in ("auto", "none") else load_autoencoder(options.vae, "vae")
     downsampling = _downsampling(vae)

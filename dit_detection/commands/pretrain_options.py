@@ -35,6 +35,9 @@ class PretrainingOptions:
             "and autoencoder are kept. Default: a new one with random weights."
         },
     )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a --model on the Hub."}
+    )
     vae: str = field(
         default="auto",
         metadata={"help": "Hub id or folder of the autoencoder; 'auto': of --model's pipeline, for a new DiT none."},
@@ -97,6 +100,8 @@ def parse_options(argv: list[str]) -> tuple[PretrainingOptions, PretrainingArgum
     options, args = parser.parse_args_into_dataclasses(args=argv)
     if options.model is None and options.size in SMALL_SIZES and "learning_rate" not in names:
         args.learning_rate = SMALL_LEARNING_RATE
+    if options.model is None and options.model_revision is not None:
+        parser.error(f"--model_revision {options.model_revision} is of --model, which is not given.")
     if not options.images and not options.num_shapes:
         parser.error("--model needs --images to train on.")
     if not 0 < options.crop_area <= 1:

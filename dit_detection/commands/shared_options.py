@@ -8,10 +8,11 @@ from PIL import Image
 
 from ..data.formats import FORMATS
 
-# Of `add_data_options`, those that `load_detection_dataset` takes; all but one under the same name.
+# Of `add_data_options`, those that `load_detection_dataset` takes; all but two under the same name.
 DATA_OPTIONS = (
     "format",
     "dataset_config_name",
+    "dataset_revision",
     "class_names",
     "validation_fraction",
     "test_fraction",
@@ -31,6 +32,7 @@ def add_data_options(parser: argparse.ArgumentParser, has_classes: bool = False)
     group = parser.add_argument_group("as they will be given to `dit-detect train`")
     group.add_argument("--format", choices=FORMATS, help="of the annotations; default: what the folder shows")
     group.add_argument("--dataset_config_name", help="of a data set on the Hub that has several configurations")
+    group.add_argument("--dataset_revision", help="of a data set on the Hub: branch, tag or commit")
     group.add_argument(
         "--class_names",
         nargs="+",
@@ -50,7 +52,14 @@ def data_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What the options of `add_data_options` give to `load_detection_dataset`, `on_invalid` left out."""
     arguments = {option: getattr(args, option) for option in DATA_OPTIONS}
     arguments["name"] = arguments.pop("dataset_config_name")
+    arguments["revision"] = arguments.pop("dataset_revision")
     return arguments
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the detector that a command reads, as `load_detector` takes it."""
+    parser.add_argument("checkpoint", help="detector: folder or Hub id")
+    parser.add_argument("--revision", help="of the Hub id: branch, tag or commit")
 
 
 def refuse_output(parser: argparse.ArgumentParser, option: str, path: str, is_picture: bool) -> None:

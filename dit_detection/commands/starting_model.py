@@ -18,6 +18,7 @@ from ..data import id2label_of
 from ..data.statistics import read_table
 from ..model.convert_dit import check_overrides
 from ..model.image_processing_dit_detection import DiTDetectionImageProcessor
+from ..model.load_dit import refuse_revision
 from ..model.modeling_dit_detection import DiTForObjectDetection
 from ..small_dit import SMALL_DIT, detector_on, size_of, write_small_dit
 from ..training.checkpoint_files import checkpoints_of
@@ -36,15 +37,20 @@ def load_starting_model(
     overrides: dict[str, Any],
 ) -> tuple[nn.Module, DiTDetectionImageProcessor]:
     """The detector that training begins with, frozen and with LoRA as the options say, and its image processor."""
-    source = model_args.model
+    source, revision = model_args.model, model_args.model_revision
     base_to_resume = detector = None if model_args.lora_r is None else _base_to_resume(args)
-    if detector is None and source is not None and _is_detector(source):
-        canvas = canvas_of(DiTDetectionImageProcessor.from_pretrained(source))
-        _refuse_what_is_settled(model_args, AutoConfig.from_pretrained(source), canvas, overrides)
+    if source is not None:
+        refuse_revision(source, revision)
+    if detector is not None:
+        revision = None  # the base lies in a folder
+    elif source is not None and _is_detector(source, revision):
+        canvas = canvas_of(DiTDetectionImageProcessor.from_pretrained(source, revision=revision))
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        _refuse_what_is_settled(model_args, config, canvas, overrides)
         detector = source
     if detector is not None:
-        model, image_processor = _load_detector(detector, model_args, dataset, overrides)
-        saved = AutoConfig.from_pretrained(detector)
+        model, image_processor = _load_detector(detector, revision, model_args, dataset, overrides)
+        saved = AutoConfig.from_pretrained(detector, revision=revision)
         if base_to_resume is not None:
             refuse_another(base_to_resume, saved, model.config)  # before it is written over
         is_saved = model.config.to_dict() == saved.to_dict()
@@ -96,17 +102,21 @@ def _base_to_resume(args: DetectionTrainingArguments) -> str | None:
 
 
 def _load_detector(
-    source: str, model_args: ModelArguments, dataset: DatasetDict | IterableDatasetDict, overrides: dict[str, Any]
+    source: str,
+    revision: str | None,
+    model_args: ModelArguments,
+    dataset: DatasetDict | IterableDatasetDict,
+    overrides: dict[str, Any],
 ) -> tuple[DiTForObjectDetection, DiTDetectionImageProcessor]:
     """A detector to go on from; for other classes, or another order of them, its class layer starts afresh."""
-    image_processor = DiTDetectionImageProcessor.from_pretrained(source)
+    image_processor = DiTDetectionImageProcessor.from_pretrained(source, revision=revision)
     id2label = id2label_of(dataset)
     fields: dict[str, Any] = {
         "attn_implementation": model_args.attn_implementation,
         "id2label": id2label,
         "label2id": {name: index for index, name in id2label.items()},
     }
-    own = AutoConfig.from_pretrained(source).id2label
+    own = AutoConfig.from_pretrained(source, revision=revision).id2label
     if own != id2label:
         fields["class_weights"] = None  # those that it has are of its own classes
         logger.warning(
@@ -117,7 +127,7 @@ def _load_detector(
             list(id2label.values()),
         )
     model = DiTForObjectDetection.from_pretrained(
-        source, ignore_mismatched_sizes=True, dtype=torch.float32, **(fields | overrides)
+        source, revision=revision, ignore_mismatched_sizes=True, dtype=torch.float32, **(fields | overrides)
     )
     if own != id2label:  # of as many, what was loaded fits, and would score others
         for parameter in model.head.class_predictor.parameters():
@@ -134,14 +144,14 @@ def _make_detector(
 ) -> tuple[DiTForObjectDetection, DiTDetectionImageProcessor]:
     """A new detector on a pretrained DiT, or on a random one."""
     fits_anchors = overrides.keys().isdisjoint(("anchor_sizes", "aspect_ratios"))
-    source = model_args.model or str(SMALL_DIT)
+    source, revision = model_args.model or str(SMALL_DIT), model_args.model_revision
     if model_args.random_dit is not None:
         source = str(Path(args.output_dir) / "random-dit")
         with args.main_process_first(desc="writing the random DiT"):
             if args.process_index == 0:
                 write_small_dit(source, model_args.random_dit, max(model_args.image_size), args.seed)
         overrides = {"base_model": None} | overrides
-    overrides = detector_on(size_of(source, model_args.vae), overrides)
+    overrides = detector_on(size_of(source, model_args.vae, revision), overrides)
     fields = {name: getattr(model_args, name) for name in ("timestep", "condition", "attn_implementation")}
     # Weights that are trained stay in float32, whatever the file holds; autocast computes in bf16.
     model = DiTForObjectDetection.from_diffusers(
@@ -150,6 +160,7 @@ def _make_detector(
         id2label=id2label_of(dataset),
         dtype=torch.float32,
         family=model_args.family,
+        revision=revision,
         **(fields | overrides),
     )
     height, width = model_args.image_size[0], model_args.image_size[-1]
@@ -199,8 +210,8 @@ def _refuse_what_is_settled(
         )
 
 
-def _is_detector(source: str) -> bool:
-    if is_adapter(source):
+def _is_detector(source: str, revision: str | None) -> bool:
+    if is_adapter(source, revision):
         raise ValueError(
             f"--model {source} is an adapter. To go on from the detector it makes, merge it first: "
             f"dit-detect convert {source} FOLDER"
@@ -208,6 +219,6 @@ def _is_detector(source: str) -> bool:
     if Path(source).is_file():  # of weights: as a configuration all of it would be read
         return False
     try:
-        return AutoConfig.from_pretrained(source).model_type == "dit_detection"
+        return AutoConfig.from_pretrained(source, revision=revision).model_type == "dit_detection"
     except (OSError, ValueError, KeyError):  # a diffusers checkpoint: its config is not one of transformers
         return False

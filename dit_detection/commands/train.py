@@ -143,6 +143,7 @@ def _load_dataset(data_args: DataArguments, seed: int) -> DatasetDict | Iterable
         on_invalid=data_args.on_invalid,
         format=data_args.format,
         name=data_args.dataset_config_name,
+        revision=data_args.dataset_revision,
         class_names=data_args.class_names,
         validation_fraction=data_args.validation_fraction,
         test_fraction=data_args.test_fraction,

@@ -29,7 +29,7 @@ RANDOM_WEIGHTS = {"learning_rate": SMALL_LEARNING_RATE, "layer_decay": 1.0}
 # What says how annotated images are read; the shapes that are drawn without any have all this.
 OF_THE_DATASET = (
     *("format", "dataset_config_name", "class_names", "on_invalid", "validation_fraction", "test_fraction"),
-    *("group_by", "streaming"),
+    *("group_by", "streaming", "dataset_revision"),
 )
 
 # Views of each image that --cache_frozen keeps unless --num_views says: disk and time to fill it grow with them.
@@ -50,6 +50,9 @@ class ModelArguments:
     )
     family: Literal["dit", "sit", "repa"] | None = field(
         default=None, metadata={"help": "Of a .pt file: whose code saved it.", "choices": ["dit", "sit", "repa"]}
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a --model on the Hub."}
     )
     random_dit: Literal["tiny", "small"] | None = field(
         default=None,
@@ -131,6 +134,9 @@ class DataArguments:
     dataset_config_name: str | None = field(
         default=None, metadata={"help": "Of a data set on the Hub that has several configurations."}
     )
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a data set on the Hub."}
+    )
     class_names: list[str] | None = field(
         default=None, metadata={"help": "All classes, in the order of their labels. Default: as the data have them."}
     )
@@ -193,6 +199,8 @@ def parse_options(argv: list[str]) -> tuple[ModelArguments, DataArguments, Detec
                 parser.error(f"--{name} is for --dataset, which is not given: shapes would be drawn.")
     if model_args.model is not None and model_args.random_dit is not None:
         parser.error(f"--random_dit {model_args.random_dit} stands in the place of --model {model_args.model}.")
+    if model_args.model is None and model_args.model_revision is not None:
+        parser.error(f"--model_revision {model_args.model_revision} is of --model, which is not given.")
     if len(model_args.image_size) > 2 or min(model_args.image_size) < 1:
         parser.error(f"--image_size {model_args.image_size}: give a side, or height and width, in pixels.")
     if model_args.dry_run and model_args.lora_r is not None:
@@ -221,7 +229,8 @@ def parse_options(argv: list[str]) -> tuple[ModelArguments, DataArguments, Detec
         data_args.num_views = VIEWS_IN_CACHE
     if model_args.vae == "none":
         model_args.vae = None
-    size = None if model_args.random_dit else size_of(model_args.model or SMALL_DIT, model_args.vae)
+    source, revision = model_args.model or SMALL_DIT, model_args.model_revision
+    size = None if model_args.random_dit else size_of(source, model_args.vae, revision)
     if size is not None:
         if data_args.dataset is not None and not _names(argv, "--learning_rate"):
             args.learning_rate = SMALL_LEARNING_RATE

@@ -30,6 +30,8 @@ FORMATS: list[str] = [
 
 MAX_PIXELS = 50_000_000  # of an image from a stranger: 150 MB as RGB; the largest of common cameras
 
+DEPTHS = (8, 10, 12, 14, 16, 24, 32)  # bits of a grey value, as sensors give them
+
 ORIENTATION_TAG = 0x0112
 # What undoes each EXIF orientation but 1, and those that exchange width and height.
 TURNS = {
@@ -140,15 +142,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     Convert an image of any mode to 8-bit RGB.
 
-    16 bits per channel are scaled over their whole range, which Pillow would cut off at 255; floating point is
-    stretched from its lowest to its highest value. Transparency is dropped, as `transformers.pipeline` does.
+    More than 8 bits in a grey image, which Pillow would cut off at 255, are scaled by the depth that they use: where
+    none is above 4095, these are the 12 bits of an X-ray in a file of 16. Negative and floating-point values are
+    stretched from the lowest to the highest. Transparency is dropped, as `transformers.pipeline` does.
     """
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    elif image.mode == "F":
-        values = np.nan_to_num(np.asarray(image))
+    if image.mode.startswith(("I", "F")):
+        values = np.nan_to_num(np.asarray(image)).astype(np.float64)
         low, high = values.min(), values.max()
+        if image.mode.startswith("I") and low >= 0:
+            low, high = 0, 2.0 ** next(bits for bits in DEPTHS if high < 2**bits) - 1
         image = Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8))
     return image.convert("RGB")

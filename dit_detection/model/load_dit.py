@@ -27,6 +27,7 @@ def load_dit(
     source: str | os.PathLike | DiTTransformer2DModel | Transformer2DModel | DiTPipeline,
     *,
     vae: str | os.PathLike | AutoencoderKL | AutoencoderTiny | None = "auto",
+    revision: str | None = None,
 ) -> tuple[DiTTransformer2DModel | Transformer2DModel, AutoencoderKL | AutoencoderTiny | None]:
     """
     Load a DiT and the autoencoder in whose latent space it works, each in the dtype of its own file.
@@ -36,6 +37,7 @@ def load_dit(
             transformer or pipeline. Loaded objects are returned as they are.
         vae: `"auto"` takes the pipeline's own, or none for a bare transformer on 3 channels. Else a Hub id or folder
             (of the autoencoder, or of a pipeline that has one), a loaded one, or `None` for a DiT on pixels.
+        revision (`str`, *optional*): Branch, tag or commit of a `source` on the Hub.
 
     Raises:
         `ValueError`: When `source` is not a DiT, a weight is missing, unexpected or misshapen, or `vae` does not fit.
@@ -44,12 +46,12 @@ def load_dit(
     if isinstance(source, DiTPipeline):
         transformer, autoencoder = source.transformer, source.vae
     elif isinstance(source, str | os.PathLike):
-        folder = fetch_folder(source, "source", ["*.json"])
+        folder = fetch_folder(source, "source", ["*.json"], revision)
         subfolder = "transformer" if (folder / "transformer" / "config.json").is_file() else ""
         _check_is_dit(_read_config(folder, subfolder), source)
-        transformer = _load_model(DiTTransformer2DModel, source, "source", subfolder)
+        transformer = _load_model(DiTTransformer2DModel, source, "source", subfolder, revision)
         if vae == "auto" and (folder / "vae" / "config.json").is_file():
-            autoencoder = load_autoencoder(source, "source")
+            autoencoder = load_autoencoder(source, "source", revision)
     else:
         is_diffusers_transformer = isinstance(source, DiTTransformer2DModel | Transformer2DModel)
         name = type(source).__name__
@@ -70,13 +72,14 @@ def load_dit(
     return transformer, autoencoder
 
 
-def default_timestep(source: Any, family: str | None = None) -> int:
+def default_timestep(source: Any, family: str | None = None, revision: str | None = None) -> int:
     """
     The timestep to fold a DiT at where none is asked for: 50 of 1000, and of flow matching, whose path is a straight
     one, 200: a quarter as much noise as image, as at 73 of DiT's.
 
     Args:
-        source: As of [`load_dit`]; a transformer alone does not tell how it was trained, and is taken for one of DiT.
+        source, revision: As of [`load_dit`]; a transformer alone does not tell how it was trained, and is taken for
+            one of DiT.
         family (`str`, *optional*): Of a file of the original format.
 
     Source: model_cards/evidence, "Timestep of a tuned DiT".
@@ -84,7 +87,7 @@ def default_timestep(source: Any, family: str | None = None) -> int:
     if family is not None:
         is_flow = family != "dit"
     elif isinstance(source, str | os.PathLike):
-        file = pipeline_folder(source) / "scheduler" / "scheduler_config.json"
+        file = pipeline_folder(source, revision) / "scheduler" / "scheduler_config.json"
         is_flow = file.is_file() and str(read_json(file).get("_class_name")).startswith("FlowMatch")
     else:
         is_flow = type(getattr(source, "scheduler", None)).__name__.startswith("FlowMatch")
@@ -175,7 +178,7 @@ def _check_fits(in_channels: int, autoencoder: AutoencoderKL | AutoencoderTiny |
         raise ValueError("vae has latents_mean or latents_std, which DiT pipelines ignore: set both to None.")
 
 
-def fetch_folder(source: str | os.PathLike, argument: str, patterns: list[str]) -> Path:
+def fetch_folder(source: str | os.PathLike, argument: str, patterns: list[str], revision: str | None = None) -> Path:
     """
     The local folder of a source, where files of these patterns are downloaded if it is a Hub id.
 
@@ -183,23 +186,33 @@ def fetch_folder(source: str | os.PathLike, argument: str, patterns: list[str]) 
         source: Hub id or local folder.
         argument (`str`): What errors call it.
         patterns (`list[str]`): As of `snapshot_download`.
+        revision (`str`, *optional*): Branch, tag or commit of a Hub id.
 
     Raises:
-        `ValueError`: When it is neither.
+        `ValueError`: When it is neither, or a folder of which a revision is wanted.
     """
+    refuse_revision(source, revision)
     if os.path.isdir(source):
         return Path(source)
     try:
-        return Path(snapshot_download(os.fspath(source), allow_patterns=patterns))
+        return Path(snapshot_download(os.fspath(source), revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{argument}={os.fspath(source)!r} is neither a folder nor a Hub repository that can be read: {error}"
         ) from error
 
 
-def pipeline_folder(source: str | os.PathLike) -> Path:
+def refuse_revision(source: Any, revision: str | None) -> None:
+    """Raise a ValueError if a revision is given of what is not on the Hub: it would change nothing."""
+    is_path = isinstance(source, str | os.PathLike)
+    if revision is not None and (not is_path or os.path.exists(source)):
+        shown = os.fspath(source) if is_path else type(source).__name__
+        raise ValueError(f"revision={revision!r} is of a repository on the Hub, and {shown} is none. Leave it out.")
+
+
+def pipeline_folder(source: str | os.PathLike, revision: str | None = None) -> Path:
     """The local folder of a source's configurations; of the transformer of a pipeline, that of the pipeline."""
-    folder = Path(os.path.abspath(fetch_folder(source, "source", ["*.json"])))
+    folder = Path(os.path.abspath(fetch_folder(source, "source", ["*.json"], revision)))
     return folder.parent if folder.name == "transformer" and (folder.parent / "model_index.json").is_file() else folder
 
 
@@ -226,18 +239,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return config
 
 
-def load_autoencoder(source: str | os.PathLike, argument: str) -> AutoencoderKL | AutoencoderTiny:
+def load_autoencoder(
+    source: str | os.PathLike, argument: str, revision: str | None = None
+) -> AutoencoderKL | AutoencoderTiny:
     """
     Load an autoencoder from a Hub id or folder, of itself or of a pipeline that has one.
 
     Args:
         source: Hub id or local folder.
         argument (`str`): What errors call it.
+        revision (`str`, *optional*): Branch, tag or commit of a Hub id.
 
     Raises:
         `ValueError`: When it is none that is supported, or a weight is missing, unexpected or misshapen.
     """
-    folder = fetch_folder(source, argument, ["*.json"])
+    folder = fetch_folder(source, argument, ["*.json"], revision)
     subfolder = "vae" if (folder / "vae" / "config.json").is_file() else ""
     name = _read_config(folder, subfolder).get("_class_name")
     if name not in _AUTOENCODERS:
@@ -245,15 +261,17 @@ def load_autoencoder(source: str | os.PathLike, argument: str) -> AutoencoderKL 
             f"{argument}={os.fspath(source)!r} holds {name or 'no autoencoder'}; supported are "
             f"{' and '.join(_AUTOENCODERS)}, or vae=None for a DiT on pixels."
         )
-    return _load_model(_AUTOENCODERS[name], source, argument, subfolder)
+    return _load_model(_AUTOENCODERS[name], source, argument, subfolder, revision)
 
 
-def _load_model(model_class: Any, source: str | os.PathLike, argument: str, subfolder: str) -> Any:
+def _load_model(
+    model_class: Any, source: str | os.PathLike, argument: str, subfolder: str, revision: str | None
+) -> Any:
     """Load a diffusers model in the dtype of its file, `.safetensors` before `.bin`, every key accounted for."""
     prefix = f"{subfolder}/" if subfolder else ""
     for extension in ("safetensors", "bin"):
         patterns = [f"{prefix}diffusion_pytorch_model{part}.{extension}" for part in ("", "-*-of-*")]
-        folder = fetch_folder(source, argument, patterns)
+        folder = fetch_folder(source, argument, patterns, revision)
         files = [file for pattern in patterns for file in folder.glob(pattern)]
         if files:
             break

@@ -29,7 +29,7 @@ from .convert_dit import check_overrides, dit_config, fold_dit
 from .head import AnchorHead
 from .labels import make_targets, pad_labels
 from .latent_encoder import LatentEncoder
-from .load_dit import default_timestep, load_dit, source_name
+from .load_dit import default_timestep, load_dit, refuse_revision, source_name
 from .load_original import load_original
 from .losses import DetectionLoss
 from .matcher import AnchorMatcher
@@ -250,6 +250,7 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
         dtype: torch.dtype | str | None = None,
         family: Literal["dit", "sit", "repa"] | None = None,
         num_attention_heads: int | None = None,
+        revision: str | None = None,
         **config: Any,
     ) -> "DiTForObjectDetection":
         """
@@ -272,12 +273,14 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
             family (`str`, *optional*): Of a file of the original format, whose code saved it: `"dit"`, `"sit"` or
                 `"repa"`. They count time differently, and the file does not tell.
             num_attention_heads (`int`, *optional*): Of such a file if its width is not that of a published size.
+            revision (`str`, *optional*): Branch, tag or commit of a source on the Hub.
             config: Anything else of [`DiTDetectionConfig`], but for what the DiT itself decides.
 
         Raises:
             ValueError: If the source is not a DiT that can be folded, or an argument does not fit it.
         """
         check_overrides(config)
+        refuse_revision(source, revision)
         dit, is_path = source, isinstance(source, str | os.PathLike)
         if is_path and os.path.isfile(source):
             dit = load_original(source, family, num_attention_heads)
@@ -287,9 +290,9 @@ class DiTForObjectDetection(DiTDetectionPreTrainedModel):
                 f"family={family!r} and num_attention_heads={num_attention_heads} are for files of the original "
                 f"format, and source={shown!r} is no file. For diffusers leave them out: its configuration tells."
             )
-        transformer, autoencoder = load_dit(dit, vae=vae)
+        transformer, autoencoder = load_dit(dit, vae=vae, revision=revision)
         if timestep is None:
-            timestep = default_timestep(source, family)
+            timestep = default_timestep(source, family, revision)
         if id2label is not None:
             if not isinstance(id2label, Mapping):
                 raise ValueError(f"id2label must be a dict of names by label, but is {id2label!r:.80}.")

@@ -17,13 +17,15 @@ logger = logging.getLogger(__name__)
 INDEX = DiTPipeline.config_name
 
 
-def load_pipeline(source: str, vae: str | None = "auto") -> tuple[DiTTransformer2DModel, Any, Any]:
+def load_pipeline(
+    source: str, vae: str | None = "auto", revision: str | None = None
+) -> tuple[DiTTransformer2DModel, Any, Any]:
     """
     Load a DiT to go on from.
 
     Args:
         source (`str`): Hub id or folder of a DiT pipeline, or of a bare transformer.
-        vae (`str`, *optional*): As of [`load_dit`].
+        vae (`str`, *optional*), revision (`str`, *optional*): As of [`load_dit`].
 
     Returns:
         The transformer in float32, its scheduler, and its autoencoder or `None`. A bare transformer that is not part
@@ -32,8 +34,8 @@ def load_pipeline(source: str, vae: str | None = "auto") -> tuple[DiTTransformer
     Raises:
         ValueError: If it is no DiT, or its scheduler is lost, damaged or not one of diffusers.
     """
-    loaded, autoencoder = load_dit(source, vae=vae)
-    return loaded.float(), _load_scheduler(source), autoencoder
+    loaded, autoencoder = load_dit(source, vae=vae, revision=revision)
+    return loaded.float(), _load_scheduler(source, revision), autoencoder
 
 
 def save_pipeline(folder: str | os.PathLike, transformer: DiTTransformer2DModel, scheduler: Any, vae: Any) -> None:
@@ -54,8 +56,8 @@ def save_pipeline(folder: str | os.PathLike, transformer: DiTTransformer2DModel,
     pipeline.save_pretrained(os.fspath(folder))
 
 
-def _load_scheduler(source: str) -> Any:
-    folder = pipeline_folder(source)
+def _load_scheduler(source: str, revision: str | None) -> Any:
+    folder = pipeline_folder(source, revision)
     file = folder / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         if (folder / INDEX).is_file():
