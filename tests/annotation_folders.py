@@ -1,8 +1,10 @@
 """Small data sets for tests in the formats of annotation tools, and copies of any data set as VOC and as YOLO."""
 
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import escape
 
 from coco_folder import HEIGHT, WIDTH, write_images
@@ -57,6 +59,24 @@ def write_yolo(folder: Path, objects: dict[str, Objects] = OBJECTS) -> Path:
     for name, found in objects.items():
         write_text(folder / "labels" / f"{Path(name).stem}.txt", yolo_lines(found))
     write_text(folder / "data.yaml", "train: images\nnames: [cat, dog]\n")
+    return folder
+
+
+def labelme_json(name: str, objects: Objects, **more: Any) -> str:
+    """Each box as a rectangle, from its lower right corner to the upper left one."""
+    shapes = [
+        {"label": label, "points": [[x + w, y + h], [x, y]], "group_id": None, "shape_type": "rectangle", "flags": {}}
+        for label, (x, y, w, h) in objects
+    ]
+    content = {"version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": name, "imageData": None}
+    return json.dumps(content | {"imageHeight": HEIGHT, "imageWidth": WIDTH} | more, ensure_ascii=False)
+
+
+def write_labelme(folder: Path, objects: dict[str, Objects] = OBJECTS) -> Path:
+    """A JSON beside each image."""
+    write_images(folder)
+    for name, found in objects.items():
+        write_text(folder / f"{Path(name).stem}.json", labelme_json(name, found))
     return folder
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from annotation_folders import objects_of, write_text, write_voc, write_yolo
+from annotation_folders import objects_of, write_labelme, write_text, write_voc, write_yolo
 from coco_folder import coco_content, write_coco, write_images
 from more_annotation_files import CSV, link_out, with_image_list, with_list, write_csv, write_jsonl
 
@@ -178,6 +178,37 @@ DAMAGES: list[tuple[str, Callable[[Path], Path], str, Damage, str, str, int | No
      BAD_SET, "data.yaml names no images that are there (train: 'pictures')", None),
     ("YAML of poses", write_yolo, "data.yaml", text("train: images\nkpt_shape: [17, 3]\nnames: [cat, dog]\n"),
      BAD_SET, "describes poses (kpt_shape), not boxes", None),
+    ("JSON of LabelMe cut short", write_labelme, "b.json", cut(-20),
+     BAD_XML, "b.json: cannot be read as JSON: Expecting", 1),
+    ("JSON of LabelMe in UTF-16", write_labelme, "b.json", utf16, BAD_XML, "b.json: is not UTF-8 text", 1),
+    ("JSON of LabelMe that nests endlessly", write_labelme, "b.json", text("[" * 10**5), BAD_XML, "b.json: cannot", 1),
+    ("JSON among LabelMe's that is none", write_labelme, "b.json", text('{"shapes": {}}'),
+     BAD_XML, 'b.json: is not a JSON of LabelMe, which has a list "shapes"', 1),
+    ("JSON of LabelMe that is a folder", write_labelme, "b.json", folder_instead, BAD_XML, "Is a directory", 1),
+    ("shape without a label", write_labelme, "b.json", replace('"label": "dog"', '"label": null'),
+     "unusable shape", "shapes[0] is {'label': None, 'shape_type': 'rectangle', 'points': [[11,", 2),
+    ("shape that is a line", write_labelme, "b.json", replace('"rectangle"', '"line"'),
+     "unusable shape", "shapes[0] is {'label': 'dog', 'shape_type': 'line'", 2),
+    ("shape of a list", write_labelme, "b.json", replace('"rectangle"', '["x"]'), "unusable shape", "['x']", 2),
+    ("shape that is none", write_labelme, "b.json", replace('"shapes": [', '"shapes": [7, '),
+     "unusable shape", "shapes[0] is 7", 3),
+    ("shape with too few points", write_labelme, "b.json", replace("[[11, 10], [1, 2]]", "[[11, 10]]"),
+     "unusable shape", "'points': [[11, 10]]}", 2),
+    ("shape with a point of one number", write_labelme, "b.json", replace("[11, 10]", "[11]"),
+     "unusable shape", "'points': [[11], [1, 2]]}", 2),
+    ("shape with a word", write_labelme, "b.json", replace("[11, 10]", '[11, "ten"]'), "unusable shape", "'ten'", 2),
+    ("shape with NaN", write_labelme, "b.json", replace("[11, 10]", "[NaN, 10]"), "non-finite box", "nan", 2),
+    ("shape outside the image", write_labelme, "b.json", replace("[11, 10]", "[110, 10]"),
+     "box outside the image", "[1.0, 2.0, 109.0, 8.0]", 2),
+    ("shape without area", write_labelme, "b.json", replace("[11, 10]", "[1, 10]"), "empty box", "0.0, 8.0]", 2),
+    ("shape of a class that is not listed", write_labelme, "labels.txt", text("cat"),
+     "unknown category", "field \"label\" is 'dog'; there are cat", 2),
+    ("imageWidth that is no number", write_labelme, "b.json", replace('"imageWidth": 40', '"imageWidth": "40"'),
+     "unusable image entry", "fields \"imageWidth\" and \"imageHeight\" are '40' and 30", 1),
+    ("imageWidth of another image", write_labelme, "b.json", replace('"imageWidth": 40', '"imageWidth": 41'),
+     "image size differs from the annotation", 'image 1 ("b.json")', 1),
+    ("JSON of LabelMe without its image", write_labelme, "b.png", Path.unlink,
+     "missing image file", "there is no image \"b\" with a known suffix, and no file 'b.png'", 1),
     ("CSV without a header", write_csv, "metadata.csv", text(CSV.partition("\n")[2]),
      BAD_SET, "metadata.csv: no column names the image; the first row has 'a.png, 0.5", None),
     ("CSV with nothing but a header", write_csv, "metadata.csv", text(CSV.partition("\n")[0]),
@@ -262,7 +293,7 @@ def test_at_least_forty_damages_and_each_has_its_name() -> None:
 
 
 def test_byte_order_marks_and_windows_line_ends_are_read(tmp_path: Path) -> None:
-    for index, write in enumerate((write_coco, write_voc, write_yolo, write_csv, write_jsonl)):
+    for index, write in enumerate((write_coco, write_voc, write_yolo, write_labelme, write_csv, write_jsonl)):
         folder = write(tmp_path / str(index))
         expected = objects_of(load_detection_dataset(folder)["train"])
         for file in folder.rglob("*"):

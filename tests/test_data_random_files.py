@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from annotation_folders import OBJECTS, objects_of, write_text, write_voc, write_yolo
+from annotation_folders import OBJECTS, objects_of, write_labelme, write_text, write_voc, write_yolo
 from coco_folder import write_coco, write_images
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -57,6 +57,7 @@ def test_random_annotations_read_back_from_every_format(tmp_path_factory: Any, o
     for index, annotation in enumerate(content["annotations"]):
         annotation["id"] = index
     write_voc(folder / "voc", objects)
+    write_labelme(folder / "labelme", objects)
     write_images(folder / "yolo" / "images")
     for name, found in objects.items():
         lines = [
@@ -65,7 +66,8 @@ def test_random_annotations_read_back_from_every_format(tmp_path_factory: Any, o
         ]
         write_text(folder / "yolo" / "labels" / f"{Path(name).stem}.txt", "\n".join(lines))
     write_text(folder / "yolo" / "data.yaml", f"train: images\nnames: {json.dumps(classes, ensure_ascii=False)}\n")
-    for source in (write_coco(folder / "coco", content), folder / "voc", folder / "yolo"):
+    write_coco(folder / "coco", content)
+    for source in (folder / name for name in ("coco", "voc", "labelme", "yolo")):
         dataset = load_detection_dataset(source, check_files=False)
         assert class_names_of(dataset) == classes
         found = objects_of(dataset["train"])
@@ -84,6 +86,7 @@ ANNOTATION_FILES = [
     (write_yolo, "data.yaml"),
     (write_yolo, "labels/b.txt"),
     (with_image_list, "train.txt"),
+    (write_labelme, "b.json"),
     (write_csv, "metadata.csv"),
     (write_jsonl, "metadata.jsonl"),
     (write_images, "metadata.parquet"),

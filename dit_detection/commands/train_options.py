@@ -117,8 +117,8 @@ class DataArguments:
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of images with COCO JSON, Pascal VOC, YOLO or imagefolder annotations, or a folder or Hub "
-            "id of a data set with an `objects` column. Default: shapes that the library draws itself."
+            "help": "Folder of images with COCO JSON, Pascal VOC, YOLO, LabelMe or imagefolder annotations, or a "
+            "folder or Hub id of a data set with an `objects` column. Default: shapes that the library draws itself."
         },
     )
     on_invalid: Literal["error", "drop", "clip"] = field(
@@ -128,7 +128,7 @@ class DataArguments:
             "choices": ["error", "drop", "clip"],
         },
     )
-    format: Literal["coco", "voc", "yolo", "imagefolder", "datasets"] | None = field(
+    format: Literal["coco", "voc", "yolo", "labelme", "imagefolder", "datasets"] | None = field(
         default=None, metadata={"help": "Of the annotations, where the folder does not tell."}
     )
     dataset_config_name: str | None = field(

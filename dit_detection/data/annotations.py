@@ -2,7 +2,7 @@
 
 import math
 from array import array
-from collections.abc import MutableSequence, Sequence
+from collections.abc import Iterable, MutableSequence, Sequence
 from typing import Any
 
 import numpy as np
@@ -170,3 +170,19 @@ class Annotations:
         if not all(self.keep_image):
             dataset = dataset.select(np.flatnonzero(self.keep_image))
         return dataset
+
+
+def sort_classes(splits: Iterable[Annotations], labels: dict[str, int], listed: Sequence[str]) -> None:
+    """
+    Name the classes of splits whose labels were given out in the order in which the classes occurred.
+
+    Args:
+        splits (`Iterable[Annotations]`): Their `class_names` are set and their labels numbered anew.
+        labels (`dict[str, int]`): Label of each class so far.
+        listed (`Sequence[str]`): The classes in the order of a list that came with the data; empty for sorted names.
+    """
+    names = listed or sorted(labels)
+    new_labels = {labels[name]: label for label, name in enumerate(names)}
+    for annotations in splits:
+        annotations.class_names = list(names)
+        annotations.labels = array("q", [new_labels[label] for label in annotations.labels])

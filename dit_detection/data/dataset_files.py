@@ -5,7 +5,7 @@ import re
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TypeGuard
 
@@ -17,6 +17,7 @@ IMAGE_SUFFIXES = {
     *(".avif", ".bmp", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
 }
+IMAGE_FOLDERS = ("JPEGImages", "images", "img", "data")
 UPLOAD_PREFIX = re.compile(r"^[0-9a-f]{8}-")  # Label Studio puts one before the name of each uploaded file
 
 
@@ -197,6 +198,32 @@ class ImageFinder:
 
 def _alike(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
+
+
+def find_image_of(file: Path, names: Sequence[str], finders: dict[Path, ImageFinder]) -> Path | None:
+    """
+    The image that an annotation file is about: of its own name, or else of one that it gives.
+
+    Looked for beside the file, and in the folders where tools put images, there and one folder up; with folders below
+    one that is called annotations, in folders of the same names.
+
+    Args:
+        file (`Path`): The annotation file.
+        names (`Sequence[str]`): File names without folders, likeliest first; they also choose among images that differ
+            in their suffix alone.
+        finders (`dict[Path, ImageFinder]`): By folder, those made so far; more are added.
+    """
+    place = next((parent for parent in file.parents if parent.name.lower() == "annotations"), file.parent)
+    if place not in finders:
+        beside, above = place.parent, place.parent.parent
+        folders = [*(beside / name for name in IMAGE_FOLDERS), beside, *(above / name for name in IMAGE_FOLDERS)]
+        finders[place] = ImageFinder([place, place / "images", *folders])
+    finder = finders[place]
+    for stem in dict.fromkeys((str(file.relative_to(place).with_suffix("")), file.stem)):
+        found = finder.find_stem(stem)
+        if found:
+            return next((path for path in found if path.name in names), found[0])
+    return next((path for path in map(finder.find, filter(None, names)) if path is not None), None)
 
 
 def settle_image_paths(annotations: Annotations, root: Path) -> None:

@@ -7,12 +7,13 @@ from typing import Literal, get_args
 
 from .hub import find_saved_dataset, is_saved_to_disk
 from .image_folder import find_image_folder
+from .labelme import find_labelme
 from .layouts import list_json_files, looks_like_coco
 from .problems import InvalidDatasetError
 from .voc import find_voc
 from .yolo import find_yolo
 
-Format = Literal["coco", "voc", "yolo", "imagefolder", "datasets"]
+Format = Literal["coco", "voc", "yolo", "labelme", "imagefolder", "datasets"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 FILE_FORMATS: dict[str, Format] = {
@@ -27,6 +28,7 @@ LOOKED_FOR = """\
   coco         annotations_train.json, annotations/instances_train2017.json, train/_annotations.coco.json
   voc          Annotations/*.xml, train/*.xml
   yolo         data.yaml, obj.data, labels/*.txt, train/labels/*.txt, text files beside the images
+  labelme      a JSON of shapes beside each image
   imagefolder  metadata.jsonl, .csv or .parquet, a CSV of boxes with a header
   datasets     parquet files with the column objects, folders of save_to_disk"""
 
@@ -65,6 +67,7 @@ def find_formats(folder: Path) -> dict[Format, str]:
     signs: dict[Format, str | None] = {
         "voc": find_voc(folder),
         "yolo": find_yolo(folder),
+        "labelme": find_labelme(folder),
         "imagefolder": find_image_folder(folder),
         "datasets": find_saved_dataset(folder),
     }

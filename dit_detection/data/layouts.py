@@ -86,19 +86,19 @@ def list_json_files(folder: Path) -> list[Path]:
 
 def looks_like_coco(file: Path) -> bool:
     """Whether a JSON has a key of COCO's at its begin or end; Label Studio's notes.json and others have not."""
-    text = b"".join(_ends(file))
+    text = b"".join(ends_of(file))
     return b'"annotations"' in text or b'"images"' in text
 
 
 def _is_other_json(file: Path) -> bool:
     """Whether a file is a whole JSON, but not COCO's; what is cut off, empty or a pointer may be meant to be."""
-    begin, end = _ends(file)
+    begin, end = ends_of(file)
     is_whole = (begin.lstrip()[:1], end.rstrip()[-1:]) in ((b"{", b"}"), (b"[", b"]"))
     return is_whole and not looks_like_coco(file)
 
 
-def _ends(file: Path) -> tuple[bytes, bytes]:
-    """The begin and the end of a file; empty if it cannot be read."""
+def ends_of(file: Path) -> tuple[bytes, bytes]:
+    """The begin and the end of a file, 64 KiB of each; empty if it cannot be read."""
     try:
         with file.open("rb") as stream:
             begin = stream.read(2**16)

@@ -37,6 +37,7 @@ REMEDIES = {
     "unusable iscrowd": "0 for one object, 1 for a crowd region; correct it or leave it out.",
     "unusable annotation file": "export or correct the file, or remove it with its image.",
     "missing annotation file": "put the file there, or remove its line from the list.",
+    "unusable shape": "it needs a label and the points of a rectangle, polygon, circle or mask; lines have no box.",
     "unusable label line": "a line is a class number with x, y, width and height, or with the points of a polygon.",
     "box not in fractions": "divide pixels by the width and height of the image; of poses export the boxes alone.",
     "label file without image": "put the image there, or remove the file.",

@@ -14,13 +14,20 @@ from .dataset_files import report_unlisted_images, settle_image_paths
 from .formats import FORMATS, LOOKED_FOR, Format, find_format
 from .hub import load_hub_dataset, read_hub_splits
 from .image_folder import read_image_folder
+from .labelme import read_labelme
 from .problems import CROWD_REMEDY, InvalidDatasetError, OnInvalid, ProblemLog
 from .splits import check_fractions, report_overlap, split_train
 from .streaming import stream_rows
 from .voc import read_voc
 from .yolo import read_yolo, to_pixels
 
-READERS = {"coco": read_coco_splits, "voc": read_voc, "yolo": read_yolo, "imagefolder": read_image_folder}
+READERS = {
+    "coco": read_coco_splits,
+    "voc": read_voc,
+    "yolo": read_yolo,
+    "labelme": read_labelme,
+    "imagefolder": read_image_folder,
+}
 
 
 def load_detection_dataset(
@@ -45,15 +52,16 @@ def load_detection_dataset(
     Args:
         source (`str`, `Path`, `Dataset` or `DatasetDict`): One of
 
-            - a folder with images and COCO JSON (`layouts.py` says where), Pascal VOC (`voc.py`), YOLO (`yolo.py`) or
-              tables (`image_folder.py`);
+            - a folder with images and COCO JSON (`layouts.py` says where), Pascal VOC (`voc.py`), YOLO (`yolo.py`),
+              LabelMe (`labelme.py`) or tables (`image_folder.py`);
             - one file: a COCO JSON or a table, which becomes the split "train", or a description of YOLO;
             - a data set with the columns `image` and `objects` (`bbox` xywh, `category`): loaded, a folder of parquet
               files or of `save_to_disk`, or the id of one on the Hub.
         on_invalid (`"error"`, `"drop"` or `"clip"`): What to do about invalid objects and images: stop with a report
             of all of them; leave them out and log the counts; or the same, but cut boxes to their image where
             something is left of them. A box that sticks out of its image by up to one pixel is always cut.
-        format (`str`, *optional*): "coco", "voc", "yolo", "imagefolder" or "datasets", where a folder holds several.
+        format (`str`, *optional*): "coco", "voc", "yolo", "labelme", "imagefolder" or "datasets", where a folder holds
+            several.
         class_names (`Sequence[str]`, *optional*): The classes in the order of their labels, matched by name, in place
             of those of the data and their order.
         validation_fraction (`float`, *optional*): Share of "train" that becomes "validation" where there is none.

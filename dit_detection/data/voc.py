@@ -2,7 +2,6 @@
 
 import os
 import re
-from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from xml.etree.ElementTree import Element, ParseError
@@ -10,8 +9,17 @@ from xml.etree.ElementTree import Element, ParseError
 from defusedxml import ElementTree
 from defusedxml.common import DefusedXmlException
 
-from .annotations import Annotations
-from .dataset_files import IMAGE_SUFFIXES, ImageFinder, is_name, leads_outside, list_files, read_class_list, read_text
+from .annotations import Annotations, sort_classes
+from .dataset_files import (
+    IMAGE_SUFFIXES,
+    ImageFinder,
+    find_image_of,
+    is_name,
+    leads_outside,
+    list_files,
+    read_class_list,
+    read_text,
+)
 from .layouts import SPLIT_WORDS, SPLITS, WHOLE, split_folders, split_of
 from .problems import InvalidDatasetError, ProblemLog
 
@@ -54,11 +62,7 @@ def read_voc(
         split: _read_split(f'{folder}, split "{split}"', files, labels, not listed, problems, group_by)
         for split, files in _find_splits(folder, problems).items()
     }
-    names = listed or sorted(labels)
-    new_labels = {labels[name]: label for label, name in enumerate(names)}
-    for annotations in splits.values():
-        annotations.class_names = names
-        annotations.labels = array("q", [new_labels[label] for label in annotations.labels])
+    sort_classes(splits.values(), labels, listed)
     return splits
 
 
@@ -154,7 +158,8 @@ def _read_split(
         if root is None:
             continue
         row = len(paths)
-        image = _find_image(file, root, finders)
+        fields = [root.findtext(field, "").strip().replace("\\", "/") for field in ("filename", "path")]
+        image = find_image_of(file, [name.rpartition("/")[2] for name in fields], finders)
         paths.append(str(image or file.with_suffix(".jpg")))
         if group_by is not None:
             annotations.groups.append(root.findtext(group_by))
@@ -187,24 +192,6 @@ def _read_xml(file: Path, problems: ProblemLog) -> Element | None:
         what = f"has the root element <{root.tag:.40}>, not <annotation>"
     problems.add("unusable annotation file", str(file), what)
     return None
-
-
-def _find_image(file: Path, root: Element, finders: dict[Path, ImageFinder]) -> Path | None:
-    """The image of an XML's own name, or else the one of its fields "filename" or "path"."""
-    place = next((parent for parent in file.parents if parent.name.lower() == "annotations"), file.parent)
-    if place not in finders:
-        beside, above = place.parent, place.parent.parent
-        usual = ("JPEGImages", "images", "data")
-        folders = [*(beside / name for name in usual), beside, *(above / name for name in usual)]
-        finders[place] = ImageFinder([place, place / "images", *folders])
-    finder = finders[place]
-    fields = [root.findtext(field, "").strip().replace("\\", "/") for field in ("filename", "path")]
-    names = [name.rpartition("/")[2] for name in fields]
-    for stem in dict.fromkeys((str(file.relative_to(place).with_suffix("")), file.stem)):
-        found = finder.find_stem(stem)
-        if found:
-            return next((path for path in found if path.name in names), found[0])
-    return next((path for path in map(finder.find, filter(None, names)) if path is not None), None)
 
 
 def _size(root: Element) -> tuple[int | None, int | None]:
