@@ -187,10 +187,10 @@ class CocoMetric(evaluate.Metric):
 def _image_id(example: Mapping[str, Any], role: str) -> int:
     try:
         # One number in any wrapping: labels of transformers hold a tensor of shape (1,).
-        return operator.index(np.asarray(example["image_id"]).item())
-    except (KeyError, TypeError, ValueError):
+        return int(np.int64(operator.index(np.asarray(example["image_id"]).item())))
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise ValueError(
-            f"image_id of a {role} must be one integer, got {example.get('image_id', 'no such key')!r}."
+            f"image_id of a {role} must be one integer of 64 bits, got {example.get('image_id', 'no such key')!r}."
         ) from None
 
 

@@ -51,7 +51,8 @@ def draw_detections(
         `PIL.Image.Image`: In RGB, as large as `image`.
 
     Raises:
-        ValueError: If the lengths of `boxes`, `labels` and `scores` differ, or a box is not xyxy.
+        ValueError: If the lengths of `boxes`, `labels` and `scores` differ, a box is not xyxy, or a label is none of
+            `class_names`.
     """
     corners = _floats(boxes).reshape(-1, 4)
     values = None if scores is None else _floats(scores)
@@ -63,6 +64,8 @@ def draw_detections(
     inverted = (corners[:, 2:] < corners[:, :2]).any(axis=1)
     if inverted.any():
         raise ValueError(f"boxes must be xyxy in pixels, got {corners[inverted][0].tolist()}. Is it xywh?")
+    if class_names is not None and (others := sorted(set(labels) - set(class_names))):
+        raise ValueError(f"labels must be of class_names, {', '.join(class_names)}, got {', '.join(others)}.")
     image = to_rgb(image).copy()
     draw = ImageDraw.Draw(image)
     # At 640 by 480 pixels: lines of 2, letters of 13.

@@ -279,7 +279,12 @@ def test_keys_of_id2label_may_be_strings_as_json_gives_them(metric):
     ("prediction", "reference", "message"),
     [
         (example(1, scores=[]), example(2), "prediction of image 1 with the reference of image 2"),
-        (example("a", scores=[]), example(1), "image_id of a prediction must be one integer, got 'a'"),
+        (example("a", scores=[]), example(1), "image_id of a prediction must be one integer of 64 bits, got 'a'"),
+        (
+            example(2**63, scores=[]),
+            example(2**63),
+            "image_id of a prediction must be one integer of 64 bits, got 922",
+        ),
         (example(1.5, scores=[]), example(1), "image_id of a prediction must be one integer"),
         ({"labels": [], "boxes": [], "scores": []}, example(1), "got 'no such key'"),
         (example(1), example(1), "the prediction of image 1 has no 'scores'"),

@@ -137,6 +137,8 @@ def test_draw_detections_refuses_what_does_not_fit_together():
         draw_detections(blank(), [[0, 0, 5, 5]], ["a", "b"])
     with pytest.raises(ValueError, match="got 1, 1 and 2"):
         draw_detections(blank(), [[0, 0, 5, 5]], ["a"], [0.5, 0.5])
+    with pytest.raises(ValueError, match="labels must be of class_names, cat, dog, got owl"):
+        draw_detections(blank(), [[0, 0, 5, 5]], ["owl"], class_names=["cat", "dog"])
     with pytest.raises(ValueError, match=r"must be xyxy in pixels, got \[90.0, 90.0, 10.0, 10.0\]"):
         draw_detections(blank(), [[90, 90, 10, 10]], ["a"])
 
