@@ -387,7 +387,7 @@ def test_commands_take_the_files(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         starting_model.AutoConfig, "from_pretrained", lambda source: pytest.fail("read as a configuration")
     )
-    assert not starting_model._is_detector(path)
+    assert not starting_model._is_detector(path, None)
 
 
 def test_the_names_of_the_published_files_have_no_folder(tmp_path, monkeypatch):

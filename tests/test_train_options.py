@@ -224,7 +224,7 @@ def test_the_class_layer_is_that_of_the_classes(tiny_model, coco_set, tmp_path, 
         DiTDetectionImageProcessor(size=64).save_pretrained(tmp_path / kind)
         model_args, _, _ = parse_options(["--model", str(tmp_path / kind)])
         caplog.clear()
-        model, _ = starting_model._load_detector(str(tmp_path / kind), model_args, dataset, {})
+        model, _ = starting_model._load_detector(str(tmp_path / kind), None, model_args, dataset, {})
         assert list(model.config.id2label.values()) == names
         assert torch.equal(model.head.box_predictor.weight, given.head.box_predictor.weight)
         layer = model.head.class_predictor
