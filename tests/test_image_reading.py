@@ -80,6 +80,16 @@ def test_more_than_8_bits_are_scaled_by_the_depth_that_is_used(values, dtype, im
     assert np.asarray(found)[0].tolist() == [[value] * 3 for value in expected]
 
 
+def test_a_broken_pixel_does_not_darken_an_image():
+    values = np.random.default_rng(0).integers(0, 4096, (64, 64), dtype=np.uint16)
+    sound = np.float32(read_image(encode(Image.fromarray(values), "PNG")))
+    values[3, 4] = 65535
+    broken = np.float32(read_image(encode(Image.fromarray(values), "PNG")))
+    assert broken[3, 4].tolist() == [255] * 3
+    broken[3, 4] = sound[3, 4]
+    assert np.array_equal(broken, sound) and 120 < sound.mean() < 135
+
+
 def signed_tiff(values):
     """A TIFF of one row of signed 16-bit values."""
     width = len(values)

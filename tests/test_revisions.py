@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from dit_detection import DiTForObjectDetection
 from dit_detection.adapters import load_detector
-from dit_detection.commands import check, convert, evaluate, export, predict, pretrain, serve, train
+from dit_detection.commands import check, convert, demo, evaluate, export, predict, pretrain, serve, train
 from dit_detection.commands.starting_model import load_starting_model
 from dit_detection.commands.train_options import parse_options
 from dit_detection.data import draw_shapes_dataset
@@ -97,6 +97,25 @@ def test_training_goes_on_from_an_earlier_detector(detector, tmp_path):
     assert load_starting_model(model_args, shapes, args, {})[1].size.max_height == 96
 
 
+def test_an_adapter_keeps_the_version_that_it_was_made_for(hub, tiny_model, tmp_path):
+    from dit_detection import DiTDetectionImageProcessor
+
+    names = dict(enumerate(NAMES))
+    for version in (1, 2):
+        model = tiny_model(num_labels=len(names), id2label=names, label2id={name: i for i, name in names.items()})
+        with torch.no_grad():
+            model.model.backbone.patch_embedding.projection.weight.fill_(version)
+        model.save_pretrained(tmp_path / f"{version}")
+        DiTDetectionImageProcessor(size=64).save_pretrained(tmp_path / f"{version}")
+        push_folder(tmp_path / f"{version}", DETECTOR, git_tag=f"v{version}")
+    argv = ["--model", DETECTOR, "--model_revision", "v1", "--output_dir", str(tmp_path / "out"), "--lora_r", "2"]
+    model_args, _, args = parse_options([*argv, "--freeze_layers", "0"])
+    adapter, _ = load_starting_model(model_args, draw_shapes_dataset(4, 2, 2, image_size=64), args, {})
+    adapter.save_pretrained(tmp_path / "out")
+    assert patch_of(load_detector(tmp_path / "out")).unique().tolist() == [1.0]
+
+
+@pytest.mark.slow
 def test_commands_read_an_earlier_detector(detector, tmp_path, capsys):
     model, image_processor = serve.load(detector, "v1")
     assert model.config.id2label[0] == NAMES[0] and image_processor.size.max_height == 64
@@ -133,6 +152,7 @@ def test_commands_read_an_earlier_detector(detector, tmp_path, capsys):
         (train, ["--model", "{folder}", "--model_revision", "v1", "--dataset", "{shapes}"]),
         (pretrain, ["--model", "{folder}", "--model_revision", "v1", "--images", "{shapes}"]),
         (check, ["{shapes}", "--model", "{folder}", "--model_revision", "v1"]),
+        (demo, ["{folder}", "--space", "space", "--revision", "v1"]),
     ],
 )
 def test_a_folder_has_no_revisions(saved_detector, tmp_path, monkeypatch, capsys, command, arguments):
@@ -149,10 +169,13 @@ def test_a_folder_has_no_revisions(saved_detector, tmp_path, monkeypatch, capsys
     )
 
 
-@pytest.mark.parametrize("command", [train, pretrain])
-def test_a_revision_is_of_the_model_that_is_named(command, capsys):
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [(train, []), (pretrain, []), (check, ["shapes"]), (check, ["s", "--random_dit", "tiny"])],
+)
+def test_a_revision_is_of_the_model_that_is_named(command, arguments, capsys):
     with pytest.raises(SystemExit):
-        command.main(["--model_revision", "v1"])
+        command.main([*arguments, "--model_revision", "v1"])
     assert "--model_revision v1 is of --model, which is not given" in capsys.readouterr().err
 
 

@@ -112,10 +112,13 @@ def _read_settings(args: argparse.Namespace) -> tuple[dict[str, AnchorSetting], 
     if len(sizes) > 2 or min(sizes) < 1:
         raise ValueError(f"--image_size {sizes}: give a side, or height and width, in pixels.")
     canvas = sizes[0], sizes[-1]
+    if args.model is not None:
+        refuse_revision(args.model, args.model_revision)
+    elif args.model_revision is not None:
+        raise ValueError(f"--model_revision {args.model_revision} is of --model, which is not given.")
     if args.model is not None and Path(args.model).is_file():  # of weights, in the original code's format
         return {f"{args.model}, a DiT": _setting(overrides)}, canvas
     if args.model is not None:
-        refuse_revision(args.model, args.model_revision)
         try:
             config = AutoConfig.from_pretrained(args.model, revision=args.model_revision)
         except (OSError, ValueError, KeyError):  # a diffusers checkpoint: its config is not one of transformers

@@ -19,6 +19,7 @@ from ..inference.batch_inference import predict_images, settings_of
 from ..inference.batch_predictor import model_class_names
 from ..inference.prediction_formats import write_predictions, yolo_label_names
 from ..inference.prediction_shards import PredictionShards, SettingsChangedError
+from ..model.load_dit import refuse_revision
 from .shared_options import add_checkpoint
 
 UNREADABLE = 3  # the exit code when all is done, but not all images could be read
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if value is not None and not 0 <= value <= 1:
             parser.error(f"--{name} is {value}; it must lie between 0 and 1.")
 
+    refuse_revision(args.checkpoint, args.revision)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     shards, listing = PredictionShards(output_dir), output_dir / "images.arrow"

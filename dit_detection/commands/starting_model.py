@@ -53,7 +53,8 @@ def load_starting_model(
         saved = AutoConfig.from_pretrained(detector, revision=revision)
         if base_to_resume is not None:
             refuse_another(base_to_resume, saved, model.config)  # before it is written over
-        is_saved = model.config.to_dict() == saved.to_dict()
+        # An adapter names its base without a revision, and would be loaded on another version of it.
+        is_saved = revision is None and model.config.to_dict() == saved.to_dict()
     else:
         model, image_processor = _make_detector(model_args, dataset, args, overrides)
         is_saved = False

@@ -53,7 +53,7 @@ FINDINGS: dict[str, tuple[Severity, str]] = {
         "the annotated size is that of the stored pixels, so they are left as they are, and the boxes with them.",
     ),
     "CMYK image": ("note", "converted to RGB without a colour profile."),
-    "more than 8 bits per channel": ("note", "scaled to 8 bits by the depth that its values use, 8 to 16 bits."),
+    "more than 8 bits per channel": ("note", "scaled to 8 bits by the depth that its values use."),
     "palette image": ("note", "converted to RGB."),
     "transparent image": ("note", "transparency is dropped: hidden colours appear."),
     "greyscale image": ("note", "its three channels become equal."),
@@ -63,6 +63,7 @@ NOTED = {
     "image without a label file",
     "rotated box",
     "difficult object",
+    "ignored shape",
     "file name differs from the annotation",
     "images outside the data set's folder",
 }

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from .hub import find_saved_dataset, is_saved_to_disk
 from .image_folder import find_image_folder
-from .labelme import find_labelme
+from .labelme import find_labelme, looks_like_labelme
 from .layouts import list_json_files, looks_like_coco
 from .problems import InvalidDatasetError
 from .voc import find_voc
@@ -41,6 +41,8 @@ def find_format(source: Path) -> Format:
         InvalidDatasetError: There is none, or more than one.
     """
     if source.is_file():
+        if source.suffix.lower() == ".json" and looks_like_labelme(source):
+            raise InvalidDatasetError(f"{source} is LabelMe's JSON of one image. Name the folder that it lies in.")
         if source.suffix.lower() in FILE_FORMATS:
             return FILE_FORMATS[source.suffix.lower()]
         raise InvalidDatasetError(
@@ -73,8 +75,10 @@ def find_formats(folder: Path) -> dict[Format, str]:
     }
     found = {format: sign for format, sign in signs.items() if sign is not None}
     json_files = list_json_files(folder)
-    if (json_files and not found) or any(map(looks_like_coco, json_files)):
-        found["coco"] = str(json_files[0])
+    coco = next((file for file in json_files if looks_like_coco(file) and not looks_like_labelme(file)), None)
+    if coco is not None or (json_files and not found):
+        found["coco"] = str(coco or json_files[0])
+        found.pop("labelme", None)  # what was drawn with LabelMe and then written as COCO
     return found
 
 

@@ -31,6 +31,7 @@ FORMATS: list[str] = [
 MAX_PIXELS = 50_000_000  # of an image from a stranger: 150 MB as RGB; the largest of common cameras
 
 DEPTHS = (8, 10, 12, 14, 16, 24, 32)  # bits of a grey value, as sensors give them
+MAX_COUNTED = 1_000_000  # pixels of an image that tell its depth
 
 ORIENTATION_TAG = 0x0112
 # What undoes each EXIF orientation but 1, and those that exchange width and height.
@@ -142,16 +143,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     Convert an image of any mode to 8-bit RGB.
 
-    More than 8 bits in a grey image, which Pillow would cut off at 255, are scaled by the depth that they use: where
-    none is above 4095, these are the 12 bits of an X-ray in a file of 16. Negative and floating-point values are
-    stretched from the lowest to the highest. Transparency is dropped, as `transformers.pipeline` does.
+    More than 8 bits in a grey image, which Pillow would cut off at 255, are scaled by the depth that they use, the
+    smallest of `DEPTHS` that holds all but a thousandth of the pixels: where those are below 4096, it is an X-ray of
+    12 bits in a file of 16, whatever a broken pixel says. Negative and floating-point values are stretched from the
+    lowest to the highest. Transparency is dropped, as `transformers.pipeline` does.
     """
     if image.mode == "RGB":
         return image
     if image.mode.startswith(("I", "F")):
-        values = np.nan_to_num(np.asarray(image)).astype(np.float64)
-        low, high = values.min(), values.max()
+        values = np.nan_to_num(np.asarray(image))
+        low, high = float(values.min()), float(values.max())
         if image.mode.startswith("I") and low >= 0:
-            low, high = 0, 2.0 ** next(bits for bits in DEPTHS if high < 2**bits) - 1
-        image = Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8))
+            step = max(1, values.size // MAX_COUNTED)
+            usual = np.quantile(values.reshape(-1)[::step], 0.999)
+            low, high = 0.0, 2.0 ** next(bits for bits in DEPTHS if usual < 2**bits) - 1
+        # In place: an image from a stranger may be large. Only differences of floats may be too much for 32 bits.
+        scaled = values.astype(np.float32 if image.mode.startswith("I") else np.float64)
+        scaled -= low
+        scaled *= 255 / max(high - low, 1e-12)
+        np.rint(scaled, out=scaled)
+        image = Image.fromarray(scaled.clip(0, 255, out=scaled).astype(np.uint8))
     return image.convert("RGB")

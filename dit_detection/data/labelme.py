@@ -2,28 +2,39 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
-from itertools import islice
-from pathlib import Path, PurePosixPath
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
-from .annotations import Annotations, is_integer, is_number, sort_classes
+from .annotations import Annotations, is_number, sort_classes
 from .dataset_files import ImageFinder, find_image_of, is_name, list_files, read_class_list, read_text
 from .layouts import SPLITS, ends_of, split_of
 from .problems import InvalidDatasetError, ProblemLog
 
-# Shapes that have an extent, and how many points each needs at least. "rotation" is X-AnyLabeling's; a JSON of old
-# versions does not say what its polygons are.
-NUM_POINTS = {"rectangle": 2, "polygon": 3, "circle": 2, "mask": 2, "rotation": 3}
+# Shapes that have an extent, and how many points each needs at least. "rotation" and "quadrilateral" are
+# X-AnyLabeling's; a JSON of old versions does not say what its polygons are.
+NUM_POINTS = {
+    **{"rectangle": 2, "polygon": 3, "circle": 2, "mask": 2},
+    **{"rotation": 3, "oriented_rectangle": 3, "quadrilateral": 3},
+}
+TURNED = ("rotation", "oriented_rectangle")
 FIELDS = ("label", "shape_type", "points")  # of a shape, in messages
 NO_CLASSES = ("__ignore__", "_background_")  # stand first in LabelMe's own lists of classes
 NUM_LOOKED_AT = 20  # JSON files, to tell the format
 
 
 def find_labelme(folder: Path) -> str | None:
-    """The first JSON of LabelMe among the first ones of a folder."""
-    files = islice(list_files(folder, (".json",)), NUM_LOOKED_AT)
-    return next((str(file) for file in files if _looks_like(file)), None)
+    """A JSON of LabelMe among the first ones of a folder, of those in it and of those in these."""
+    files = chain.from_iterable(folder.glob(f"{below}[!.]*.json") for below in ("", "*/", "*/*/"))
+    return next((str(file) for file in islice(files, NUM_LOOKED_AT) if looks_like_labelme(file)), None)
+
+
+def looks_like_labelme(file: Path) -> bool:
+    """Whether a JSON has the keys of LabelMe's at its begin or end."""
+    text = b"".join(ends_of(file))
+    return b'"shapes"' in text and (b'"imagePath"' in text or b'"imageWidth"' in text)
 
 
 def read_labelme(
@@ -32,11 +43,11 @@ def read_labelme(
     """
     Read all JSON files in a folder, at any depth; folders named after splits make the splits.
 
-    Images lie beside the JSON, or in `images`, `img`, `JPEGImages` or `data` there or one folder up; the JSON's own
-    name goes before its field "imagePath". Of every shape the upright box around it is taken; shapes of one label and
-    one "group_id" are one object, whose parts are hidden from one another. Points and lines have no box, and are
-    reported. Images are numbered in the order of the names; those without a JSON are not used, for nobody has said
-    that nothing is in them.
+    An image lies where the field "imagePath" says, if that names a folder; or else beside the JSON, or in `images`,
+    `img`, `JPEGImages` or `data` there or one folder up, where the JSON's own name goes before that of the field. Of
+    every shape the upright box around it is taken; shapes of one label and one "group_id" are one object, whose parts
+    are hidden from one another. Points and lines have no box, and are reported. Images are numbered in the order of
+    the names of the JSON files; those without one are not used, for nobody has said that nothing is in them.
 
     Args:
         folder (`Path`): The data set.
@@ -54,7 +65,7 @@ def read_labelme(
         split = next(filter(None, map(split_of, file.relative_to(folder).parts[:-1])), "train")
         files.setdefault(split, []).append(file)
     splits = {
-        split: _read_split(f'{folder}, split "{split}"', files[split], labels, not listed, problems, group_by)
+        split: _read_split(f'{folder}, split "{split}"', folder, files[split], labels, not listed, problems, group_by)
         for split in SPLITS
         if split in files
     }
@@ -62,13 +73,14 @@ def read_labelme(
     return splits
 
 
-def _looks_like(file: Path) -> bool:
-    text = b"".join(ends_of(file))
-    return b'"shapes"' in text and (b'"imagePath"' in text or b'"imageWidth"' in text)
-
-
 def _read_split(
-    source: str, files: list[Path], labels: dict[str, int], may_add: bool, problems: ProblemLog, group_by: str | None
+    source: str,
+    folder: Path,
+    files: list[Path],
+    labels: dict[str, int],
+    may_add: bool,
+    problems: ProblemLog,
+    group_by: str | None,
 ) -> Annotations:
     """One split; classes that `labels` does not have are added to it in the order in which they occur, if they may."""
     annotations = Annotations(source, problems)
@@ -81,19 +93,25 @@ def _read_split(
             continue
         row = len(paths)
         named = content.get("imagePath")
-        name = PurePosixPath(named.replace("\\", "/")).name if is_name(named) else ""
-        image = find_image_of(file, [name], finders)
+        place, _, name = named.replace("\\", "/").rpartition("/") if is_name(named) else ("", "", "")
+        stated = Path(os.path.normpath(file.parent / place / name)) if place and name else None
+        if stated is not None and stated.is_relative_to(folder) and os.path.isfile(stated):
+            image: Path | None = stated
+        else:
+            image = find_image_of(file, [name], finders)
         paths.append(str(image or file.with_suffix(".jpg")))
         if group_by is not None:
             annotations.groups.append(content.get(group_by))
-        sizes = [content.get(field) for field in ("imageWidth", "imageHeight")]
-        is_size = all(size is None or (is_integer(size) and 0 < size < 2**31) for size in sizes)
-        annotations.add_image(row, file.name, *(sizes if is_size else (None, None)))
-        if not is_size:
-            what = f'fields "imageWidth" and "imageHeight" are {sizes[0]!r:.40} and {sizes[1]!r:.40}'
+        fields = [content.get(field) for field in ("imageWidth", "imageHeight")]
+        sizes = [_size(value) for value in fields]
+        annotations.add_image(row, file.name, *(sizes if -1 not in sizes else (None, None)))
+        if -1 in sizes:
+            what = f'fields "imageWidth" and "imageHeight" are {fields[0]!r:.40} and {fields[1]!r:.40}'
             annotations.drop_image(row, "unusable image entry", what)
         elif image is None:
             what = f'there is no image "{file.stem}" with a known suffix, and no file {name!r:.80} (field "imagePath")'
+            if content.get("imageData"):
+                what += '; its pixels are in the field "imageData", from which LabelMe can write the file'
             annotations.drop_image(row, "missing image file", what)
         else:
             _add_objects(annotations, row, content["shapes"], labels, may_add)
@@ -111,6 +129,9 @@ def _read_json(file: Path, problems: ProblemLog) -> dict[str, Any] | None:
         if isinstance(content, dict) and isinstance(content.get("shapes"), list):
             return content
         what = 'is not a JSON of LabelMe, which has a list "shapes"'
+        if not isinstance(content, dict) or "shapes" not in content:  # COCO's, or a project's
+            problems.add("annotation file in no split", str(file), what)
+            return None
     problems.add("unusable annotation file", str(file), what)
     return None
 
@@ -119,10 +140,14 @@ def _add_objects(annotations: Annotations, row: int, shapes: list[Any], labels: 
     found: dict[Any, tuple[int, int, list[float]]] = {}  # by group or own number: number of the first, label, xyxy
     for object_id, shape in enumerate(shapes, start=1):
         name = shape.get("label") if isinstance(shape, dict) else None
+        name = name.strip() if isinstance(name, str) else name
         box = _corners(shape) if is_name(name) else None
         if box is None or not is_name(name):
             shown = {field: shape.get(field) for field in FIELDS} if isinstance(shape, dict) else shape
             annotations.report("unusable shape", f"shapes[{object_id - 1}] is {shown!r:.160}", row, object_id)
+            continue
+        if name in NO_CLASSES:
+            annotations.report("ignored shape", f"its label is {name!r}", row, object_id)
             continue
         xywh = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
         if may_add:
@@ -131,12 +156,12 @@ def _add_objects(annotations: Annotations, row: int, shapes: list[Any], labels: 
             what = f'field "label" is {name!r:.80}; there are {", ".join(labels) or "none"}'
             annotations.report("unknown category", f"{what:.200}", row, object_id, xywh)
             continue
-        if shape.get("shape_type") == "rotation":
+        if shape.get("shape_type") in TURNED:
             annotations.report("rotated box", "it is a turned rectangle", row, object_id, xywh)
         if shape.get("difficult") is True:
             annotations.report("difficult object", f"{name!r:.40} is marked as difficult", row, object_id, xywh)
         group = shape.get("group_id")
-        key = (name, group) if isinstance(group, int | str) else object_id
+        key = (name, group) if isinstance(group, int | str) and group != "" else object_id
         first, label, whole = found.get(key, (object_id, labels[name], box))
         found[key] = first, label, [*map(min, whole[:2], box[:2]), *map(max, whole[2:], box[2:])]
     for object_id, label, (left, top, right, bottom) in found.values():
@@ -151,9 +176,19 @@ def _corners(shape: dict[str, Any]) -> list[float] | None:
         return None
     if not all(isinstance(point, list) and len(point) == 2 and all(map(is_number, point)) for point in points):
         return None
+    if not all(math.isfinite(value) for point in points for value in point):
+        return None
     if kind == "circle":  # its middle, and a point on it
         (x, y), on_it = points[:2]
         radius = math.dist((x, y), on_it)
         return [x - radius, y - radius, x + radius, y + radius]
     xs, ys = zip(*points, strict=True)
     return [min(xs), min(ys), max(xs), max(ys)]
+
+
+def _size(value: Any) -> int | None:
+    """A width or height in pixels; `None` where the file does not say, or says 0; -1 where it is something else."""
+    if value is None or value == 0:
+        return None
+    is_size = is_number(value) and 0 < value < 2**31 and value == int(value)
+    return int(value) if is_size else -1

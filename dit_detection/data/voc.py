@@ -39,10 +39,10 @@ def read_voc(
     `val.txt`, … beside the annotations), or the XML files of the folders `train`, `valid` and `test`, or those of one
     folder, which become "train"; all at any depth.
 
-    Images lie in `JPEGImages`, `images` or `data`, here or one folder up, or beside the XML; the XML's own name goes
-    before its field "filename". Boxes are taken as (xmin, ymin) to (xmax, ymax), as labelImg, CVAT and Label Studio
-    write them; in PASCAL VOC's own files pixels count from 1, and the last one belongs to the box. Objects marked as
-    difficult are objects like all others. Images are numbered in the order of the list or of the names.
+    Images lie in `JPEGImages`, `images`, `img` or `data`, here or one folder up, or beside the XML; the XML's own name
+    goes before its field "filename". Boxes are taken as (xmin, ymin) to (xmax, ymax), as labelImg, CVAT and Label
+    Studio write them; in PASCAL VOC's own files pixels count from 1, and the last one belongs to the box. Objects
+    marked as difficult are objects like all others. Images are numbered in the order of the list or of the names.
 
     Args:
         folder (`Path`): The data set.

@@ -25,7 +25,8 @@ def find_yolo(folder: Path) -> str | None:
     if described is not None:
         return str(described)
     for place in filter(Path.is_dir, (folder, *split_folders(folder), folder / "data")):  # the last of FiftyOne
-        labels = next((place / "labels").rglob("*.txt"), None) if (place / "labels").is_dir() else None
+        texts = (place / "labels").rglob("*.txt") if (place / "labels").is_dir() else ()
+        labels = next((file for file in texts if file.name.lower() not in OTHER_TEXTS), None)
         if labels is not None and (place / "images").is_dir():
             return str(labels)
         names = set(os.listdir(place))

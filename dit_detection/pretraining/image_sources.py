@@ -84,8 +84,11 @@ def _list_source(source: str, leave_out: Path | None) -> Dataset:
 
 
 def _annotated_formats(folder: Path) -> set[str]:
-    """Any JSON file counts as COCO where nothing else is found; among images without annotations it may be a note."""
-    others = find_formats(folder).keys() - {"coco"}
+    """
+    Any JSON file counts as COCO where nothing else is found; among images without annotations it may be a note. And
+    images with LabelMe's JSON beside them are taken as they lie, whatever has been drawn on them.
+    """
+    others = find_formats(folder).keys() - {"coco", "labelme"}
     return {*others, "coco"} if any(map(looks_like_coco, list_json_files(folder))) else {*others}
 
 
