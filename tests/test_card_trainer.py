@@ -54,6 +54,7 @@ def saved(folder):
     return DetectionModelCardData.load(folder / "model_card.json")
 
 
+@pytest.mark.slow
 def test_the_trainer_alone_writes_the_whole_card(make_trainer, dataset, tmp_path):
     trainer = make_trainer()
     trainer.train()

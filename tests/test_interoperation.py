@@ -98,6 +98,7 @@ def assert_all_found(boxes, expected):
     assert (overlaps.max(axis=1) > 0.5).all()
 
 
+@pytest.mark.slow
 def test_tiles_find_what_one_resized_pass_misses(checkpoint, large_image, tmp_path, monkeypatch, capsys):
     path, expected = large_image
     arguments = [checkpoint, path, "--tile", 64, "--overlap", 16, "--output", tmp_path / "found.jpg"]

@@ -316,6 +316,7 @@ def evaluate(config: Any, folder: str, sets: list[Any], batch_sizes: list[int]) 
     return results
 
 
+@pytest.mark.slow
 def test_metrics_do_not_depend_on_processes_and_batch_sizes(tiny_config, tmp_path) -> None:
     # One image for four processes; a part without any object for each but the first; nine images; no object at all.
     rows = draw_shapes_dataset(9, 0, 0, image_size=64, seed=5)["train"]

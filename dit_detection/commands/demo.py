@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+from ..model.load_dit import refuse_revision
 from .shared_options import add_checkpoint
 
 
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _write_space(args: argparse.Namespace) -> None:
     from ..demo.space import write_space
 
+    refuse_revision(args.checkpoint, args.revision)
     files = write_space(args.space, args.checkpoint, args.revision)
     size = sum(path.stat().st_size for path in files)
     print(f"{len(files)} files, {size / 1e6:.1f} MB: {args.space}\nTry it:    cd {args.space} && python app.py")

@@ -10,7 +10,6 @@ from transformers import AutoConfig
 from transformers.utils import CONFIG_NAME, cached_file
 
 from ..adapters import is_adapter
-from ..model.load_dit import refuse_revision
 from ..sharing.shared_files import CARD_NAME, files_to_share
 
 _PACKAGE = "dit_detection"
@@ -39,7 +38,6 @@ def write_space(folder: str | Path, checkpoint: str, revision: str | None = None
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not empty. Name a folder that is not there yet.")
-    refuse_revision(checkpoint, revision)
     if is_adapter(checkpoint, revision):
         raise ValueError(f"{checkpoint} is an adapter. Merge it first: dit-detect convert {checkpoint} merged")
     config = AutoConfig.from_pretrained(checkpoint, revision=revision)
