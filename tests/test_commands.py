@@ -126,6 +126,7 @@ def test_training_from_the_cache_of_frozen_states(coco_set, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 2  # of train and of validation
 
 
+@pytest.mark.slow
 def test_training_on_a_stream(coco_set, tmp_path, capsys):
     arguments = ["--dataset", str(coco_set), "--streaming", "--output_dir", str(tmp_path)]
     metrics = train.main([*TINY, *arguments, "--max_steps", "2", "--per_device_train_batch_size", "2"])
@@ -278,6 +279,7 @@ def test_no_evaluation_costs_the_detector(coco_set, tmp_path, fault):
     assert (out / "README.md").is_file() != fault
 
 
+@pytest.mark.slow
 def test_a_test_split_without_objects_is_no_result(coco_set, tmp_path, caplog):
     """Its annotations are often held back."""
     data = shutil.copytree(coco_set, tmp_path / "data")

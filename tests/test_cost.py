@@ -105,6 +105,7 @@ def test_the_steps_are_those_of_the_run(tiny_model, tmp_path, arguments, steps):
     assert f"{trainer.state.global_step} in all" in steps
 
 
+@pytest.mark.slow
 def test_averages_take_memory(tiny_model, tmp_path):
     dataset = draw_shapes_dataset(4, 2, 0, image_size=64)
     model, image_processor = tiny_model(**label_fields(dataset)), DiTDetectionImageProcessor(size=64)

@@ -167,6 +167,7 @@ class RecordingDataset(DetectionDataset):
         return super().get_view(index, view)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", [None, 0.9])
 def test_training_sees_a_view_per_epoch_and_goes_on_where_it_stopped(tiny_model, tmp_path, threshold) -> None:
     rows = draw_shapes_dataset(10, 0, 0, image_size=64)["train"]

@@ -122,6 +122,7 @@ def held_out_loss(images, output_dir, batch_size, drop_last=False):
     return losses_of(images, output_dir, 4, **options)[-1]
 
 
+@pytest.mark.slow
 def test_no_view_is_left_out_of_the_held_out_loss_and_each_counts_as_much(images, tmp_path):
     expected = held_out_loss(images, tmp_path, 128)
     assert held_out_loss(images, tmp_path, 48) == pytest.approx(expected, rel=1e-6)

@@ -212,6 +212,7 @@ def test_a_short_break_of_an_upload_is_survived(hub, save, impatient, answered):
     assert version_of() == 1
 
 
+@pytest.mark.slow
 def test_a_download_cut_in_the_middle_goes_on_where_it_stopped(hub, save, impatient, monkeypatch):
     folder = save(1)
     push_folder(folder, REPO)

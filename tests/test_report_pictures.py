@@ -26,6 +26,7 @@ def report_of(names, confusion=None):
     return DetectionReport(0.4, classes, confusion or [[label, label, 6] for label in range(len(names))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["one"], NASTY, [f"class {label}" for label in range(80)]], ids=len)
 @pytest.mark.parametrize("plot", [plot_precision_recall, plot_confusion_matrix])
 def test_any_names_and_numbers_of_classes_can_be_plotted(names, plot):
